@@ -37,6 +37,13 @@ class State(NamedTuple):
     o2: jax.Array
 
 
+def dot_precision(dtype) -> lax.Precision | None:
+    """float32 products stay float32 (no TF32), unless the caller's default matmul precision asks for less."""
+    if jnp.dtype(dtype).itemsize < 4 or jax.config.jax_default_matmul_precision is not None:
+        return None
+    return lax.Precision.HIGHEST
+
+
 def spread(stat: jax.Array, like: jax.Array, key_axis: int = -1) -> jax.Array:
     """Repeats a row statistic along the key axis (or value axis) of `like`."""
     axis = key_axis % like.ndim
@@ -53,6 +60,28 @@ def initial_state(rows: tuple[int, ...], value_dim: int, dtype=jnp.float32) -> S
     stat = jnp.zeros(rows, dtype)
     values = jnp.zeros((*rows, value_dim), dtype)
     return State(jnp.full(rows, -jnp.inf, dtype), stat, stat, values, values)
+
+
+def softmax_weights(
+    m: jax.Array, s1: jax.Array, c: float, visible: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Moves the running maximum over one tile of keys: the first half of `update`, which needs no probe scores.
+
+    Args:
+      m: (rows,) running maximum so far.
+      s1: (rows, keys) query . key, unscaled.
+      c: scale * log2(e).
+      visible: (rows, keys) bool, or None where every key is visible.
+
+    Returns:
+      The new maximum (rows,), the factor (rows,) for the old sums, and the weights 2^(s - m) (rows, keys).
+    """
+    s1, c = positive_scale(s1, c)
+    if visible is not None:
+        s1 = jnp.where(visible, s1, -jnp.inf)
+    m_new = jnp.maximum(m, jnp.max(s1, axis=-1) * c)
+    m_finite = jnp.where(m_new == -jnp.inf, 0.0, m_new)
+    return m_new, jnp.exp2(m - m_finite), jnp.exp2(s1 * c - spread(m_finite, s1))
 
 
 def update(
@@ -73,13 +102,7 @@ def update(
       visible: (rows, keys) bool, or None where every key is visible.
       times_value: multiplies weights (rows, keys) with the tile's values (keys, Hv), in float32.
     """
-    s1, c = positive_scale(s1, c)
-    if visible is not None:
-        s1 = jnp.where(visible, s1, -jnp.inf)
-    m = jnp.maximum(state.m, jnp.max(s1, axis=-1) * c)
-    m_finite = jnp.where(m == -jnp.inf, 0.0, m)
-    a = jnp.exp2(state.m - m_finite)
-    p = jnp.exp2(s1 * c - spread(m_finite, s1))
+    m, a, p = softmax_weights(state.m, s1, c, visible)
     p2 = p * s2
     return State(
         m,

@@ -18,6 +18,7 @@ from parallax_jax.reference import parallax_reference
 
 # Name -> (module with `unsupported`, `forward` and `backward`, platforms on which None may choose it), fastest first.
 BACKENDS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "triton": ("pallas_kernels.triton", ("gpu",)),
     "xla": ("parallax_jax.xla", ("cpu", "gpu", "tpu")),
 }
 IMPLEMENTATIONS = ("reference", *BACKENDS)

@@ -15,13 +15,6 @@ def unsupported(query, probe, key, value, mask, *, scale, block_sizes) -> str | 
     return None
 
 
-def _precision(dtype) -> lax.Precision | None:
-    """float32 stays float32 (no TF32) unless the caller's default matmul precision asks for less."""
-    if jnp.dtype(dtype).itemsize < 4 or jax.config.jax_default_matmul_precision is not None:
-        return None
-    return lax.Precision.HIGHEST
-
-
 class _Tiles:
     """Cuts one call into tiles. Heads are grouped: queries are (B, K, G, T, H), keys (B, K, S, H)."""
 
@@ -32,8 +25,8 @@ class _Tiles:
         self.mask = mask
         self.block_q, self.block_k = min(sizes.block_q, self.T), min(sizes.block_k, self.S)
         self.rows, self.keys = -(-self.T // self.block_q), -(-self.S // self.block_k)
-        self.state_dtype = jnp.promote_types(query.dtype, jnp.float32)
-        self.precision = _precision(query.dtype)
+        self.state_dtype = jnp.dtype("float64" if query.dtype == jnp.float64 else "float32")
+        self.precision = tiles.dot_precision(query.dtype)
         self.lengths = jnp.full((self.batch,), self.S, jnp.int32) if mask.lengths is None else mask.lengths
         self.lengths = jnp.minimum(self.lengths, self.S)
         self.end = blocks.visible_end(mask.offset, self.T, self.lengths, mask.is_causal)
