@@ -68,7 +68,7 @@ def parallax_reference(
     """
     batch, num_queries, num_heads, head_dim = query.shape
     num_keys, num_kv_heads = key.shape[1:3]
-    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    dtype = jnp.dtype("float64" if query.dtype == jnp.float64 else "float32")
     scale = head_dim**-0.5 if scale is None else scale
     visible = _visible(
         num_queries, num_keys, is_causal, query_offset, local_window_size, segment_ids, key_value_seq_lengths

@@ -1,0 +1,207 @@
+"""The Parallax attention layer in flax.linen, with the RMSNorm and rotary embedding it uses."""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from parallax_jax.attention import parallax_attention
+
+INIT_STD = 0.02
+
+
+def kernel_init(axes: tuple[str, ...], std: float = INIT_STD):
+    """Normal initialiser whose parameter carries the logical axis names `axes`."""
+    return nn.with_logical_partitioning(nn.initializers.normal(std), axes)
+
+
+def bias_init(axes: tuple[str, ...]):
+    """Zero initialiser whose parameter carries the logical axis names `axes`."""
+    return nn.with_logical_partitioning(nn.initializers.zeros_init(), axes)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis with a learned gain, computed in float32.
+
+    Attributes:
+      epsilon: added to the mean square.
+      scale_init: initial gain.
+      param_dtype: dtype of the gain.
+    """
+
+    epsilon: float = 1e-6
+    scale_init: float = 1.0
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """Returns `x / rms(x) * scale` in the dtype of `x`."""
+        init = nn.with_logical_partitioning(nn.initializers.constant(self.scale_init), ("norm",))
+        scale = self.param("scale", init, x.shape[-1:], self.param_dtype)
+        y = x.astype(jnp.float32)
+        y *= (jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon) ** -0.5
+        return (y * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def apply_rope(x: Float[Array, "B T N H"], positions: Int[Array, "#B T"], theta: float) -> Float[Array, "B T N H"]:
+    """Rotary position embedding, rotate-half form: dimension i turns with i + H/2 by `position * theta^(-2i/H)`.
+
+    Angles and the rotation are float32; the result has the dtype of `x`. H must be even.
+    """
+    half = x.shape[-1] // 2
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions[..., None, None].astype(jnp.float32) * frequency
+    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+class ParallaxAttention(nn.Module):
+    """Multi-head Parallax attention (arXiv 2605.29157, eq. 8): softmax attention minus a covariance term.
+
+    A probe, a second query from its own projection, tilts the softmax weights: `p (1 - t + sum p t)` with
+    `t = probe . key`. Query, probe and key are normed, then rotated. `attention="softmax"` has no probe and is the
+    plain softmax baseline. The probe has the query's heads and is never cached.
+
+    Kernels start normal with standard deviation 0.02 (the paper gives none), the probe's included: a zero projection
+    under a norm would have no usable gradient. To start from softmax attention set `probe_norm_init=0`.
+
+    Attributes:
+      num_heads: query heads N.
+      num_kv_heads: key/value heads K; divides N.
+      head_dim: width H of a head; even; independent of D / N.
+      attention: "parallax" or "softmax".
+      probe_rope: rotate the probe with the query's angles.
+      probe_norm: norm the probe.
+      probe_norm_init: initial gain of the probe's norm; 0 is softmax attention at the start.
+      qk_norm: norm query and key.
+      use_bias: give every projection a bias.
+      local_window_size: most recent keys seen, the diagonal included; None for all.
+      rope_theta: base of the rotary frequencies.
+      norm_eps: epsilon of the norms.
+      out_init_std: initial standard deviation of the output projection.
+      dtype: dtype of the computation.
+      param_dtype: dtype of the parameters.
+      implementation: passed to `parallax_attention` and, with a cache, to `parallax_decode`.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    attention: str = "parallax"
+    probe_rope: bool = True
+    probe_norm: bool = True
+    probe_norm_init: float = 1.0
+    qk_norm: bool = True
+    use_bias: bool = False
+    local_window_size: int | None = None
+    rope_theta: float = 1e6
+    norm_eps: float = 1e-6
+    out_init_std: float = INIT_STD
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    implementation: str | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "#B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], None]:
+        """Attends causally within `x`.
+
+        Args:
+          x: inputs.
+          positions: position of each token for the rotary embedding; None for 0 to T - 1. It hides nothing.
+          segment_ids: tokens see their own segment only; None for one segment.
+
+        Returns:
+          (B, T, D) in `dtype`, and the new cache (None without one).
+        """
+        if positions is None:
+            positions = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+
+        def heads(name: str, num_heads: int, axis: str, *, norm: bool, rope: bool, gain: float = 1.0):
+            h = nn.DenseGeneral(
+                (num_heads, self.head_dim),
+                use_bias=self.use_bias,
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                kernel_init=kernel_init(("embed", axis, "head_dim")),
+                bias_init=bias_init((axis, "head_dim")),
+                name=name,
+            )(x)
+            if norm:
+                h = RMSNorm(self.norm_eps, gain, self.param_dtype, name=f"{name}_norm")(h)
+            return apply_rope(h, positions, self.rope_theta) if rope else h
+
+        query = heads("query", self.num_heads, "heads", norm=self.qk_norm, rope=True)
+        key = heads("key", self.num_kv_heads, "kv_heads", norm=self.qk_norm, rope=True)
+        value = heads("value", self.num_kv_heads, "kv_heads", norm=False, rope=False)
+        if self.attention == "softmax":
+            probe = jnp.zeros_like(query)
+        else:
+            probe = heads(
+                "probe",
+                self.num_heads,
+                "heads",
+                norm=self.probe_norm,
+                rope=self.probe_rope,
+                gain=self.probe_norm_init,
+            )
+        out = parallax_attention(
+            query,
+            probe,
+            key,
+            value,
+            local_window_size=self.local_window_size,
+            segment_ids=segment_ids,
+            implementation=self.implementation,
+        )
+        out = nn.DenseGeneral(
+            x.shape[-1],
+            axis=(-2, -1),
+            use_bias=self.use_bias,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=kernel_init(("heads", "head_dim", "embed"), self.out_init_std),
+            bias_init=bias_init(("embed",)),
+            name="out",
+        )(out)
+        return out, None
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward layer: `down(silu(gate(x)) * up(x))`.
+
+    Attributes:
+      mlp_width: hidden width.
+      use_bias: give every projection a bias.
+      out_init_std: initial standard deviation of the down projection.
+      dtype: dtype of the computation.
+      param_dtype: dtype of the parameters.
+    """
+
+    mlp_width: int
+    use_bias: bool = False
+    out_init_std: float = INIT_STD
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """Returns the layer's output, of the width of `x`, in `dtype`."""
+        dense = functools.partial(nn.Dense, use_bias=self.use_bias, dtype=self.dtype, param_dtype=self.param_dtype)
+        wide = functools.partial(
+            dense, self.mlp_width, kernel_init=kernel_init(("embed", "mlp")), bias_init=bias_init(("mlp",))
+        )
+        hidden = nn.silu(wide(name="gate")(x)) * wide(name="up")(x)
+        return dense(
+            x.shape[-1],
+            kernel_init=kernel_init(("mlp", "embed"), self.out_init_std),
+            bias_init=bias_init(("embed",)),
+            name="down",
+        )(hidden)

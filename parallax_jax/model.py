@@ -1,0 +1,228 @@
+"""A Qwen3-style decoder language model with Parallax or softmax attention."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from parallax_jax.attention import RESIDUAL_NAMES
+from parallax_jax.layers import INIT_STD, ParallaxAttention, RMSNorm, SwiGLU, kernel_init
+
+_policies = jax.checkpoint_policies
+# A policy that keeps these never runs the operator's forward pass twice.
+_keep_residuals = _policies.save_only_these_names(*RESIDUAL_NAMES)
+
+REMAT_POLICIES = {
+    "none": _policies.everything_saveable,
+    "full": _policies.nothing_saveable,
+    "attention": _keep_residuals,
+    "dots": _policies.save_from_both_policies(_policies.dots_with_no_batch_dims_saveable, _keep_residuals),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Shape and kind of a `TransformerLM`.
+
+    Attributes:
+      vocab_size: number of tokens.
+      num_layers: number of blocks.
+      width: width of the residual stream.
+      num_heads: query heads.
+      num_kv_heads: key/value heads; divides `num_heads`.
+      head_dim: width of a head; even, at most 256, independent of `width / num_heads`.
+      mlp_width: hidden width of the SwiGLU layer.
+      attention: "parallax" or "softmax".
+      probe_rope: rotate the probe by its position.
+      probe_norm: norm the probe.
+      probe_norm_init: initial gain of the probe's norm; 0 starts from softmax attention.
+      qk_norm: norm query and key.
+      use_bias: give every projection of a block a bias.
+      local_window_size: most recent keys that a token sees, itself included; None for all.
+      rope_theta: base of the rotary frequencies.
+      norm_eps: epsilon of every norm.
+      tie_embeddings: use the embedding as the output projection.
+      dtype: dtype of the computation; logits are float32 in any case.
+      param_dtype: dtype of the parameters.
+      remat: what the backward pass keeps of a block: "none" rematerialises nothing, "full" everything, "attention" all
+        but the operator's residuals, "dots" all but those and the products with weights.
+      scan_layers: stack the blocks' parameters on axis 0 and scan over them; else one subtree "layers_i" each.
+      implementation: backend of the attention operator; None for the fastest that runs.
+
+    Raises:
+      ValueError: a field has a value that is not allowed.
+    """
+
+    vocab_size: int
+    num_layers: int
+    width: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_width: int
+    _: dataclasses.KW_ONLY
+    attention: str = "parallax"
+    probe_rope: bool = True
+    probe_norm: bool = True
+    probe_norm_init: float = 1.0
+    qk_norm: bool = True
+    use_bias: bool = False
+    local_window_size: int | None = None
+    rope_theta: float = 1e6
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = True
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    remat: str = "none"
+    scan_layers: bool = True
+    implementation: str | None = None
+
+    def __post_init__(self):
+        floats = ("float32", "bfloat16", "float16")
+        for name in ("vocab_size", "num_layers", "width", "num_heads", "num_kv_heads", "head_dim", "mlp_width"):
+            self._check(name, getattr(self, name) >= 1, "an integer >= 1")
+        self._check("head_dim", self.head_dim % 2 == 0 and self.head_dim <= 256, "an even integer up to 256")
+        divides = self.num_heads % self.num_kv_heads == 0
+        self._check("num_kv_heads", divides, f"a divisor of num_heads={self.num_heads}")
+        window = self.local_window_size
+        self._check("local_window_size", window is None or window >= 1, "None or an integer >= 1")
+        self._check("rope_theta", self.rope_theta > 0, "a number > 0")
+        self._check("norm_eps", self.norm_eps > 0, "a number > 0")
+        allowed = {"attention": ("parallax", "softmax"), "remat": tuple(REMAT_POLICIES)}
+        for name, values in {**allowed, "dtype": floats, "param_dtype": floats}.items():
+            self._check(name, getattr(self, name) in values, "one of " + ", ".join(values))
+
+    def _check(self, name: str, ok: bool, allowed: str):
+        if not ok:
+            raise ValueError(f"{name}={getattr(self, name)!r} is not allowed: it must be {allowed}")
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: attention, then SwiGLU, each added to the residual stream."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "#B T"], segment_ids: Int[Array, "B T"] | None
+    ) -> tuple[Float[Array, "B T D"], None]:
+        """Returns (x, None): a carry and no output, as `nn.scan` wants it."""
+        c = self.config
+        dtypes = {"dtype": jnp.dtype(c.dtype), "param_dtype": jnp.dtype(c.param_dtype)}
+        # 2 num_layers branches add to the stream; this keeps its variance independent of depth at the start.
+        shared = {"use_bias": c.use_bias, "out_init_std": INIT_STD / (2 * c.num_layers) ** 0.5, **dtypes}
+        h = RMSNorm(c.norm_eps, param_dtype=dtypes["param_dtype"], name="attention_norm")(x)
+        attended, _ = ParallaxAttention(
+            c.num_heads,
+            c.num_kv_heads,
+            c.head_dim,
+            attention=c.attention,
+            probe_rope=c.probe_rope,
+            probe_norm=c.probe_norm,
+            probe_norm_init=c.probe_norm_init,
+            qk_norm=c.qk_norm,
+            local_window_size=c.local_window_size,
+            rope_theta=c.rope_theta,
+            norm_eps=c.norm_eps,
+            implementation=c.implementation,
+            name="attention",
+            **shared,
+        )(h, positions, segment_ids)
+        x += attended
+        h = RMSNorm(c.norm_eps, param_dtype=dtypes["param_dtype"], name="mlp_norm")(x)
+        return x + SwiGLU(c.mlp_width, name="mlp", **shared)(h), None
+
+
+def segment_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Position of each token in its own run of equal ids, from 0."""
+    index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
+    change = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    return index - jax.lax.cummax(jnp.where(change, index, 0), axis=1)
+
+
+class TransformerLM(nn.Module):
+    """Decoder language model in Qwen3's shape: pre-norm blocks, SwiGLU, rotary positions, a final norm.
+
+    `TransformerLM(config).apply({"params": params}, tokens)` gives float32 logits. Every parameter carries logical
+    axis names: "vocab", "embed", "heads", "kv_heads", "head_dim", "mlp", "norm", and "layers" where blocks are stacked.
+    """
+
+    config: ModelConfig
+
+    def setup(self):
+        c = self.config
+        param_dtype, dtype = jnp.dtype(c.param_dtype), jnp.dtype(c.dtype)
+        self.embed = nn.Embed(
+            c.vocab_size, c.width, dtype=dtype, param_dtype=param_dtype, embedding_init=kernel_init(("vocab", "embed"))
+        )
+        block = Block
+        if c.remat != "none":
+            # Inside a scan the compiler cannot merge the two passes, so the barrier that prevents it is not needed.
+            block = nn.remat(block, policy=REMAT_POLICIES[c.remat], prevent_cse=not c.scan_layers)
+        if c.scan_layers:
+            self.layers = nn.scan(
+                block,
+                length=c.num_layers,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=nn.broadcast,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )(c)
+        else:
+            self.layers = [block(c) for _ in range(c.num_layers)]
+        self.final_norm = RMSNorm(c.norm_eps, param_dtype=param_dtype)
+        if not c.tie_embeddings:
+            self.lm_head = nn.Dense(
+                c.vocab_size,
+                use_bias=False,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                kernel_init=kernel_init(("embed", "vocab")),
+                dot_general=_float32_product,
+            )
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "#B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Returns the final normed hidden states, in `config.dtype`; arguments as in `__call__`."""
+        if positions is None:
+            one_segment = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+            positions = one_segment if segment_ids is None else segment_positions(segment_ids)
+        x = self.embed(tokens)
+        for layer in [self.layers] if self.config.scan_layers else self.layers:
+            x, _ = layer(x, positions, segment_ids)
+        return self.final_norm(x)
+
+    def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B vocab"]:
+        """Returns the float32 logits of hidden states, such as a chunk of what `hidden` returns."""
+        if not self.config.tie_embeddings:
+            return self.lm_head(hidden)
+        table = self.embed.embedding.astype(hidden.dtype)
+        return _float32_product(hidden, table, (((hidden.ndim - 1,), (1,)), ((), ())))
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "#B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T vocab"]:
+        """Returns the logits of the next token at every position.
+
+        Args:
+          tokens: int32 token ids in [0, vocab_size).
+          positions: for the rotary embedding; None for 0 to T - 1, counted anew in each segment.
+          segment_ids: packed documents: tokens see their own segment only; None for one segment.
+
+        Returns:
+          float32 logits.
+        """
+        return self.logits(self.hidden(tokens, positions, segment_ids))
+
+
+def _float32_product(a, b, dimension_numbers, precision=None):
+    return jax.lax.dot_general(a, b, dimension_numbers, precision, preferred_element_type=jnp.float32)
