@@ -1,0 +1,240 @@
+"""What a run is made of: frozen dataclasses, presets from configs/, and the command line over them."""
+
+import contextlib
+import dataclasses
+import difflib
+import importlib
+import io
+import json
+import pkgutil
+import typing
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import tyro
+
+import configs
+from parallax_jax.model import ModelConfig
+
+BYTE_VOCAB_SIZE = 257
+
+
+class ConfigError(Exception):
+    """The user asked for something that cannot be done; the message is one line that says what to change."""
+
+
+def _require(ok: bool, message: str):
+    if not ok:
+        raise ValueError(message)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """Muon for the matrices and Adam for the rest, or Adam for all; the paper's values by default (table 2b)."""
+
+    name: Literal["muon", "adamw"] = "muon"
+    """Optimizer of the weight matrices. Embeddings, norms and biases always go to Adam."""
+    learning_rate: float = 5e-3
+    """Peak learning rate."""
+    schedule: Literal["wsd", "cosine"] = "wsd"
+    """Warm-up, then constant with a linear decay to 0 at the end (wsd), or a cosine to 0."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0."""
+    decay_fraction: float = 0.2
+    """Share of all steps in which wsd decays."""
+    weight_decay: float = 0.1
+    """Decay of the weight matrices, multiplied by the learning rate."""
+    clip_norm: float = 1.0
+    """Largest global norm of the gradients; applied before the optimizer."""
+    momentum: float = 0.95
+    """Muon's momentum (Nesterov)."""
+    newton_schulz_steps: int = 5
+    """Iterations of Muon's orthogonalisation."""
+    scaling: Literal["spectral", "width", "consistent_rms"] = "spectral"
+    """Factor of Muon's update: sqrt(out/in), sqrt(max(1, out/in)), or 0.2 sqrt(max(in, out))."""
+    per_head: bool = False
+    """Orthogonalise each head of a projection by itself, not the projection as one matrix."""
+    adam_b1: float = 0.8
+    """Adam's decay of the first moment."""
+    adam_b2: float = 0.95
+    """Adam's decay of the second moment."""
+    adam_eps: float = 1e-7
+    """Adam's epsilon."""
+    adam_weight_decay: float = 0.0
+    """Decay of embeddings, norms and biases, multiplied by their learning rate."""
+    embedding_rate: float = 0.3
+    """Learning rate of the embedding and the output projection, relative to `learning_rate`."""
+    norm_rate: float = 0.015
+    """Learning rate of norms and biases, relative to `learning_rate`."""
+
+    def __post_init__(self):
+        _require(self.learning_rate > 0, f"optimizer.learning_rate={self.learning_rate}: it must be above 0")
+        _require(self.clip_norm > 0, f"optimizer.clip_norm={self.clip_norm}: it must be above 0")
+        _require(self.warmup_steps >= 0, f"optimizer.warmup_steps={self.warmup_steps}: it must be 0 or more")
+        _require(
+            0 <= self.decay_fraction <= 1, f"optimizer.decay_fraction={self.decay_fraction}: it must be in [0, 1]"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the device mesh's axes."""
+
+    data: int | None = None
+    """Devices that split the batch; None for all that the other axes leave."""
+    fsdp: int = 1
+    """Devices that split the batch and the parameters."""
+    tensor: int = 1
+    """Devices that split heads and hidden units."""
+
+    def __post_init__(self):
+        for name, size in dataclasses.asdict(self).items():
+            _require(size is None or size >= 1, f"mesh.{name}={size}: it must be 1 or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """A training run."""
+
+    model: ModelConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    data: str | None = None
+    """Text file or folder to train on; None for the source of Python's own standard library."""
+    tokenizer: Literal["bytes", "bpe"] = "bytes"
+    """Bytes, or byte-level BPE of model.vocab_size tokens trained on the training split."""
+    seq_len: int = 256
+    """Tokens of a row."""
+    batch_size: int = 32
+    """Rows of one update, over all devices."""
+    accumulation_steps: int = 1
+    """Parts in which the rows of one update are computed, one after another."""
+    steps: int = 1000
+    """Updates."""
+    seed: int = 0
+    """Seed of the parameters and of the order of the rows."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype of the computation; auto: bfloat16 on GPU and TPU, float32 on CPU. Parameters are float32."""
+    log_interval: int = 10
+    """Steps between two lines of output where there is no terminal for a progress bar."""
+    eval_interval: int = 100
+    """Steps between two looks at the validation split."""
+    eval_batches: int = 8
+    """Batches of such a look; the last one, after training, takes the whole split."""
+    checkpoint_interval: int = 100
+    """Steps between two checkpoints."""
+    keep_checkpoints: int = 3
+    """Newest checkpoints that are kept."""
+    prompt: str = "def "
+    """Start of the sample that training ends with."""
+    run_dir: str | None = None
+    """Folder of the run; that of an unfinished run continues it. None for runs/PRESET-TIME."""
+
+    def __post_init__(self):
+        for name in (
+            *("seq_len", "batch_size", "accumulation_steps", "steps", "log_interval", "eval_interval"),
+            *("eval_batches", "checkpoint_interval"),
+        ):
+            _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: it must be 1 or more")
+        _require(self.keep_checkpoints >= 2, f"keep_checkpoints={self.keep_checkpoints}: it must be 2 or more")
+        _require(
+            self.batch_size % self.accumulation_steps == 0,
+            f"batch_size={self.batch_size}: it must be a multiple of accumulation_steps={self.accumulation_steps}",
+        )
+        _require(
+            self.model.vocab_size >= BYTE_VOCAB_SIZE,
+            f"model.vocab_size={self.model.vocab_size}: it must be {BYTE_VOCAB_SIZE} or more",
+        )
+        _require(self.model.dtype == "float32", f"model.dtype={self.model.dtype!r}: set dtype instead")
+
+    def resolved_model(self, platform: str) -> ModelConfig:
+        """The model with its dtype decided for `platform` ("cpu", "gpu", "tpu")."""
+        auto = "float32" if platform == "cpu" else "bfloat16"
+        return dataclasses.replace(self.model, dtype=auto if self.dtype == "auto" else self.dtype)
+
+    def to_json(self) -> str:
+        """The configuration as JSON."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "Config":
+        """Inverse of `to_json`; TypeError or ValueError where the text is not a configuration."""
+        return _from_dict(cls, json.loads(text))
+
+
+def _from_dict(cls: type, values: dict[str, Any]):
+    types = typing.get_type_hints(cls)
+    return cls(**{k: _from_dict(types[k], v) if dataclasses.is_dataclass(types[k]) else v for k, v in values.items()})
+
+
+def difference(a: Config, b: Config) -> str | None:
+    """The first field in which two runs differ, as text; `run_dir` does not count. None where they agree."""
+
+    def flat(values, prefix=""):
+        for key, value in values.items():
+            if isinstance(value, dict):
+                yield from flat(value, f"{prefix}{key}.")
+            elif key != "run_dir":
+                yield prefix + key, value
+
+    for (name, old), (_, new) in zip(flat(dataclasses.asdict(a)), flat(dataclasses.asdict(b)), strict=True):
+        if old != new:
+            return f"{name} is {old!r} there and {new!r} here"
+    return None
+
+
+def preset_names() -> list[str]:
+    """Names that `python -m train` accepts."""
+    return sorted(module.name for module in pkgutil.iter_modules(configs.__path__) if not module.ispkg)
+
+
+def load_preset(name: str) -> Config:
+    """The configuration of a preset.
+
+    Raises:
+      ConfigError: there is no such preset.
+    """
+    names = preset_names()
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ConfigError(f"unknown preset {name!r}: choose one of {', '.join(names)}{hint}")
+    return importlib.import_module(f"configs.{name}").config
+
+
+def parse_command_line(argv: Sequence[str]) -> tuple[str, Config]:
+    """Reads `[PRESET] [--flags]` into the preset's name and its configuration with the flags applied.
+
+    Raises:
+      ConfigError: unknown preset or flag, or a value that is not allowed.
+      SystemExit: `--help` was asked for and printed.
+    """
+    named = bool(argv) and not argv[0].startswith("-")
+    preset = argv[0] if named else "laptop"
+    config = parse_flags(Config, argv[1:] if named else argv, f"python -m train {preset}", load_preset(preset))
+    return preset, config
+
+
+def parse_flags(cls: type, argv: Sequence[str], prog: str, default: Any = None):
+    """`tyro.cli`, with its errors as one-line ConfigErrors."""
+    stderr = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(stderr):
+            defaults = {} if default is None else {"default": default}
+            return tyro.cli(cls, args=list(argv), prog=prog, **defaults)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise ConfigError(f"{_first_message(stderr.getvalue())} (flags: {prog} --help)") from None
+
+
+def _first_message(box: str) -> str:
+    """The message of tyro's error box, without the frame and the help text around it."""
+    blocks = [[]]
+    for line in box.splitlines()[1:]:
+        text = line.strip("│╭╮╰╯─ ")
+        blocks[-1].append(text) if text else blocks.append([])
+    message = " ".join(blocks[0])
+    if len(blocks) > 1 and blocks[1] and blocks[1][0].startswith("Perhaps you meant"):
+        message += f"; perhaps you meant {blocks[1][1].split()[0]}"
+    return message
