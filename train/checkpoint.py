@@ -1,21 +1,13 @@
-"""Run folders and their checkpoints.
+"""Checkpoints of a run: what training resumes from, and the parameters alone for everything else."""
 
-    runs/PRESET-TIME/  config.json  run.json  metrics.jsonl  events...  loss.png  [tokenizer.json]
-                       checkpoints/STEP/{state,data}
-
-STEP counts the updates applied. A run folder appears whole; a checkpoint appears when it is complete.
-"""
-
-import json
 import shutil
-import tempfile
 from pathlib import Path
 
 import grain
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from train.config import Config, ConfigError, difference
+from train.config import ConfigError
 from train.state import TrainState
 
 
@@ -75,3 +67,36 @@ class Checkpoints:
 
     def __exit__(self, *_):
         self._orbax.close()
+
+
+def check_shapes(saved, wanted, path: Path):
+    """Compares the array shapes of a checkpoint's metadata with those that a model needs.
+
+    Raises:
+      ConfigError: they differ; the message names the first array that does.
+    """
+    shapes = [
+        {jax.tree_util.keystr(key, simple=True, separator="/"): leaf.shape for key, leaf in leaves}
+        for leaves in (jax.tree_util.tree_flatten_with_path(tree)[0] for tree in (saved, wanted))
+    ]
+    for name, shape in shapes[1].items():
+        if shapes[0].get(name) != shape:
+            raise ConfigError(f"checkpoint {path}: {name} is {shapes[0].get(name)}, the configuration needs {shape}")
+
+
+def load_params(folder: Path, step: int, abstract: TrainState):
+    """The parameters of a checkpoint, without the optimizer's state.
+
+    Raises:
+      ConfigError: the checkpoint is damaged, or its arrays have other shapes.
+    """
+    path = folder / "checkpoints" / str(step)
+    try:
+        check_shapes(ocp.metadata(path, checkpointable_name="state").metadata.params, abstract.params, path)
+        partial = jax.tree.map(lambda _: ocp.PLACEHOLDER, abstract)._replace(params=abstract.params)
+        return ocp.load(path, partial, checkpointable_name="state").params
+    except ConfigError:
+        raise
+    except Exception as error:
+        text = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise ConfigError(f"checkpoint {path} cannot be read ({text})") from None

@@ -7,8 +7,9 @@ import importlib
 import io
 import json
 import pkgutil
+import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import tyro
@@ -71,9 +72,7 @@ class OptimizerConfig:
         _require(self.learning_rate > 0, f"optimizer.learning_rate={self.learning_rate}: it must be above 0")
         _require(self.clip_norm > 0, f"optimizer.clip_norm={self.clip_norm}: it must be above 0")
         _require(self.warmup_steps >= 0, f"optimizer.warmup_steps={self.warmup_steps}: it must be 0 or more")
-        _require(
-            0 <= self.decay_fraction <= 1, f"optimizer.decay_fraction={self.decay_fraction}: it must be in [0, 1]"
-        )
+        _require(0 <= self.decay_fraction <= 1, f"optimizer.decay_fraction={self.decay_fraction}: it must be in [0, 1]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,3 +237,12 @@ def _first_message(box: str) -> str:
     if len(blocks) > 1 and blocks[1] and blocks[1][0].startswith("Perhaps you meant"):
         message += f"; perhaps you meant {blocks[1][1].split()[0]}"
     return message
+
+
+def run_command(main: Callable[[list[str]], int | None]):
+    """Runs a command and exits; where the user must change something, with one line on stderr and code 2."""
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Int
 
 from train.config import Config, ConfigError
-from train.tokenizer import BPETokenizer, ByteTokenizer, load_tokenizer, train_bpe
+from train.tokenizer import Tokenizer, load_tokenizer, train_bpe
 
 SPLITS = ("train", "validation")
 _MIN_BYTES = 2_000_000
@@ -43,7 +43,7 @@ class Corpus:
     """
 
     folder: Path
-    tokenizer: ByteTokenizer | BPETokenizer
+    tokenizer: Tokenizer
     record: dict
 
     def rows(self, split: str, seq_len: int) -> "PackedRows":

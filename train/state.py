@@ -109,12 +109,13 @@ def token_losses(model: TransformerLM, params, rows) -> Float[Array, "rows seq_l
 
 
 def make_train_step(
-    model: TransformerLM, optimizer: optax.GradientTransformation, abstract: TrainState
+    model: TransformerLM, optimizer: optax.GradientTransformation, schedule: optax.Schedule, abstract: TrainState
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """The jitted update `(state, batch) -> (state, metrics)`; the state's memory is reused.
 
     The loss is the mean over all real tokens of the batch, whatever the parts in which it is computed. The metrics are
-    scalars: "loss" in nats per token before the update, "grad_norm", and "tokens", the real ones.
+    scalars: "loss" in nats per token and "grad_norm" before the update and before clipping, "param_norm" after it,
+    "learning_rate", and "tokens", the real ones.
     """
 
     def step(state: TrainState, batch: Batch):
@@ -130,7 +131,13 @@ def make_train_step(
         (loss, grads), _ = jax.lax.scan(accumulate, zero, batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "tokens": tokens}
+        metrics = {
+            "loss": loss,
+            "grad_norm": optax.tree.norm(grads),
+            "param_norm": optax.tree.norm(params),
+            "learning_rate": schedule(state.step),
+            "tokens": tokens,
+        }
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=(_shardings(abstract), None))

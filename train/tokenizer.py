@@ -41,6 +41,9 @@ class BPETokenizer:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False).replace(_SEPARATOR, "\ufffd")
 
 
+Tokenizer = ByteTokenizer | BPETokenizer
+
+
 def train_bpe(texts: Iterable[str], vocab_size: int, path: Path):
     """Trains a byte-level BPE of at most `vocab_size` tokens, the separator and all bytes among them, into `path`."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -56,6 +59,6 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: Path):
     tokenizer.save(str(path))
 
 
-def load_tokenizer(kind: str, folder: Path) -> ByteTokenizer | BPETokenizer:
+def load_tokenizer(kind: str, folder: Path) -> Tokenizer:
     """The tokenizer of a corpus or a run: `kind` is "bytes" or "bpe", which lies in `folder`/tokenizer.json."""
     return ByteTokenizer() if kind == "bytes" else BPETokenizer(folder / "tokenizer.json")

@@ -1,0 +1,18 @@
+"""`python -m train [PRESET] [--flags]`."""
+
+import time
+from pathlib import Path
+
+from train.config import parse_command_line, run_command
+from train.loop import train
+
+
+def main(argv: list[str]) -> int:
+    """Trains the preset that the command line names; returns the exit code."""
+    preset, config = parse_command_line(argv)
+    folder = config.run_dir or f"runs/{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return train(config, Path(folder), preset)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,132 @@
+"""The training loop. The metrics of an update are fetched when the next one is under way."""
+
+import contextlib
+import math
+import signal
+from pathlib import Path
+
+import jax
+
+from parallax_jax.model import TransformerLM
+from train.checkpoint import Checkpoints
+from train.config import Config
+from train.data import batches, load_corpus
+from train.evaluate import Evaluator, describe
+from train.generate import Sampling, sample
+from train.metrics import MetricWriter, Progress, save_loss_curve
+from train.optimizer import learning_rate_schedule, make_optimizer
+from train.run import check_resumable, create_run, run_record
+from train.state import abstract_state, device_batch, init_state, make_mesh, make_train_step
+
+_SAMPLE_TOKENS = 200
+
+
+class NonFinite(Exception):
+    """An update's loss, gradient or parameters are NaN or infinite."""
+
+
+class StopSignal:
+    """Notes SIGTERM and SIGINT, so that the loop can save before it ends; a context manager."""
+
+    def __enter__(self):
+        self.number = 0
+        self._handlers = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _note(self, number, _):
+        if self.number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.number = number
+
+    def __exit__(self, *_):
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+
+def train(config: Config, folder: Path, preset: str) -> int:
+    """Trains a run to its end, from its newest checkpoint if `folder` holds one.
+
+    Returns:
+      The exit code: 0, 1 after a non-finite loss, 128 plus its number after a signal.
+
+    Raises:
+      ConfigError: something must be changed first; no run folder was made.
+    """
+    mesh = make_mesh(config)
+    corpus = load_corpus(config)
+    model = TransformerLM(config.resolved_model(jax.default_backend()))
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    abstract = abstract_state(model, optimizer, mesh)
+    record = run_record(preset, corpus, sum(leaf.size for leaf in jax.tree.leaves(abstract.params)))
+    if (folder / "config.json").exists():
+        check_resumable(folder, config, record)
+    else:
+        create_run(folder, config, record, corpus.folder)
+
+    schedule = learning_rate_schedule(config.optimizer, config.steps)
+    train_step = make_train_step(model, optimizer, schedule, abstract)
+    part = config.batch_size // config.accumulation_steps
+    evaluate = Evaluator(model, corpus.rows("validation", config.seq_len), part, mesh)
+    rows = corpus.rows("train", config.seq_len)
+    with contextlib.ExitStack() as stack:
+        data = batches(rows, config.batch_size, config.seed, jax.process_index(), jax.process_count())
+        stack.enter_context(contextlib.closing(data))
+        checkpoints = stack.enter_context(Checkpoints(folder, config.keep_checkpoints))
+        state = checkpoints.restore(abstract, data, warn=print) or init_state(model, optimizer, abstract, config.seed)
+        start = int(state.step)
+        writer = stack.enter_context(MetricWriter(folder, start))
+        progress = stack.enter_context(Progress(start, config.steps, config.log_interval))
+        stop = stack.enter_context(StopSignal())
+        progress.print(
+            f"{folder}: {preset}{f' from step {start}' if start else ''}, {record['parameters']:,} parameters on "
+            f"{mesh.size} x {record['devices']['kind']}, {corpus.record['train']['tokens']:,} tokens of text"
+        )
+
+        def report(step: int, metrics: dict[str, jax.Array]):
+            values = {name: value.item() for name, value in metrics.items()}
+            speed = progress.update(step, values["loss"], values["tokens"])
+            writer.write(step, **values, tokens_per_second=round(speed))
+            if not all(map(math.isfinite, values.values())):
+                norms = f"gradient norm {values['grad_norm']:g}, parameter norm {values['param_norm']:g}"
+                raise NonFinite(f"loss {values['loss']:g}, {norms} at step {step}")
+
+        pending = None
+        try:
+            for step in range(start + 1, config.steps + 1):
+                state, metrics = train_step(state, device_batch(mesh, next(data), config.accumulation_steps))
+                if pending:
+                    report(*pending)
+                pending = step, metrics
+                last = step == config.steps or stop.number > 0
+                look = step % config.eval_interval == 0 and not last
+                save = step % config.checkpoint_interval == 0 or last
+                if look or save:
+                    report(*pending)
+                    pending = None
+                if look:
+                    loss, _ = evaluate(state.params, config.eval_batches)
+                    writer.write(step, validation_loss=loss)
+                    progress.print(f"step {step}/{config.steps}  validation loss {loss:.4f} on a part of the split")
+                if save:
+                    checkpoints.save(state, data)
+                if last:
+                    break
+        except NonFinite as error:
+            good = checkpoints.latest
+            where = f"the last good checkpoint is {checkpoints.path(good)}" if good else "there is no checkpoint yet"
+            progress.print(f"stopped: {error}; {where}; a lower optimizer.learning_rate may help")
+            return 1
+
+        saved = checkpoints.path(checkpoints.latest)
+        if stop.number:
+            name = signal.Signals(stop.number).name
+            progress.print(f"stopped by {name}; saved {saved}; continue with the same flags and --run-dir {folder}")
+            return 128 + stop.number
+        loss, tokens = evaluate(state.params)
+        writer.write(config.steps, validation_loss=loss)
+        save_loss_curve(folder)
+        text = sample(model, state.params, corpus.tokenizer, config.seq_len, config.prompt, _SAMPLE_TOKENS, Sampling())
+        progress.print(f"\n{config.prompt}{''.join(text)}\n")
+        progress.print(describe(loss, tokens, corpus.record["validation"]))
+        progress.print(f"checkpoint {saved}")
+        return 0
