@@ -92,7 +92,7 @@ def load_params(folder: Path, step: int, abstract: TrainState):
     """
     path = folder / "checkpoints" / str(step)
     try:
-        check_shapes(ocp.metadata(path, checkpointable_name="state").metadata.params, abstract.params, path)
+        check_shapes(ocp.metadata(path, checkpointable_name="state").metadata["params"], abstract.params, path)
         partial = jax.tree.map(lambda _: ocp.PLACEHOLDER, abstract)._replace(params=abstract.params)
         return ocp.load(path, partial, checkpointable_name="state").params
     except ConfigError:

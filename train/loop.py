@@ -13,7 +13,7 @@ from train.config import Config
 from train.data import batches, load_corpus
 from train.evaluate import Evaluator, describe
 from train.generate import Sampling, sample
-from train.metrics import MetricWriter, Progress, save_loss_curve
+from train.metrics import MetricWriter, Progress, read_metrics, save_loss_curve
 from train.optimizer import learning_rate_schedule, make_optimizer
 from train.run import check_resumable, create_run, run_record
 from train.state import abstract_state, device_batch, init_state, make_mesh, make_train_step
@@ -123,7 +123,10 @@ def train(config: Config, folder: Path, preset: str) -> int:
             progress.print(f"stopped by {name}; saved {saved}; continue with the same flags and --run-dir {folder}")
             return 128 + stop.number
         loss, tokens = evaluate(state.params)
-        writer.write(config.steps, validation_loss=loss)
+        if {"step": config.steps, "validation_loss": loss} not in read_metrics(
+            folder
+        ):  # else trained to the end before
+            writer.write(config.steps, validation_loss=loss)
         save_loss_curve(folder)
         text = sample(model, state.params, corpus.tokenizer, config.seq_len, config.prompt, _SAMPLE_TOKENS, Sampling())
         progress.print(f"\n{config.prompt}{''.join(text)}\n")
