@@ -46,3 +46,20 @@ class TritonBlockSizes:
     forward: TritonPass = TritonPass(128, 64, 8, 3)
     rows: TritonPass = TritonPass(64, 64, 4, 2)
     columns: TritonPass = TritonPass(32, 64, 4, 3)
+
+
+@dataclasses.dataclass(frozen=True)
+class TritonDecodeBlockSizes:
+    """Launch of the "triton" implementation of decode.
+
+    Attributes:
+      block_k: keys in a tile, a power of two >= 16; a page holds whole tiles, so paged caches may take a smaller one.
+      num_splits: programs that share the keys of one kv head, a power of two.
+      num_warps: warps of a program.
+      num_stages: depth of the software pipeline along the loop.
+    """
+
+    block_k: int
+    num_splits: int
+    num_warps: int
+    num_stages: int

@@ -1,8 +1,9 @@
-"""Parallax attention for JAX: softmax attention plus a learned correction read from the covariance of keys and values."""
+"""Parallax attention for JAX: softmax attention plus a learned correction, read from how keys and values covary."""
 
 from parallax_jax.attention import parallax_attention
+from parallax_jax.decode import parallax_decode
 from parallax_jax.reference import parallax_reference
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "parallax_attention", "parallax_reference"]
+__all__ = ["__version__", "parallax_attention", "parallax_decode", "parallax_reference"]

@@ -39,7 +39,7 @@ def parallax_attention(
     query_offset: int | Int[Array, ""] | None = None,
     local_window_size: int | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
-    key_value_seq_lengths: Int[Array, "B"] | None = None,
+    key_value_seq_lengths: Int[Array, " B"] | None = None,
     implementation: str | None = None,
     block_sizes: object | None = None,
 ) -> Float[Array, "B T N Hv"]:
@@ -169,8 +169,11 @@ def choose(backends: dict, implementation: str | None, *operands, **options) -> 
     raise NotImplementedError("; ".join(reasons))
 
 
-def check_operands(query, probe, key, value, *, key_name: str, value_name: str) -> None:
-    """Raises ValueError unless shapes and dtypes of the four operands fit together (keys and values (B, S, K, ...))."""
+def check_operands(query, probe, key, value, *, key_name: str, value_name: str, paged: bool = False) -> None:
+    """Raises ValueError unless shapes and dtypes of the four operands fit together.
+
+    Keys and values are (B, S, K, ...), or (num_pages, page_size, K, ...) where `paged`.
+    """
     operands = {"query": query, "probe": probe, key_name: key, value_name: value}
     for name, x in operands.items():
         if x.ndim != 4:
@@ -185,12 +188,12 @@ def check_operands(query, probe, key, value, *, key_name: str, value_name: str) 
     num_keys, num_kv_heads = key.shape[1:3]
     if probe.shape != query.shape:
         raise ValueError(f"probe: needs query's shape {query.shape}, got {probe.shape}")
-    if (key.shape[0], key.shape[3]) != (batch, head_dim):
-        raise ValueError(f"{key_name}: needs shape ({batch}, S, K, {head_dim}) to fit query, got {key.shape}")
+    leading = key.shape[0] if paged else batch
+    if (key.shape[0], key.shape[3]) != (leading, head_dim):
+        raise ValueError(f"{key_name}: needs shape ({leading}, S, K, {head_dim}) to fit query, got {key.shape}")
     if value.shape[:3] != key.shape[:3]:
-        raise ValueError(
-            f"{value_name}: needs shape ({batch}, {num_keys}, {num_kv_heads}, Hv) to fit {key_name}, got {value.shape}"
-        )
+        needed = f"({leading}, {num_keys}, {num_kv_heads}, Hv)"
+        raise ValueError(f"{value_name}: needs shape {needed} to fit {key_name}, got {value.shape}")
     if num_heads % num_kv_heads:
         raise ValueError(f"{key_name}: {num_kv_heads} heads do not divide query's {num_heads} heads")
     for name, size in (("query", head_dim), (value_name, value.shape[3])):
