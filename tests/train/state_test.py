@@ -1,0 +1,106 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from parallax_jax.model import TransformerLM
+from train.config import ConfigError, MeshConfig
+from train.state import abstract_state, device_batch, init_state, make_mesh, make_train_step, token_losses
+
+SGD = optax.sgd(1.0)
+
+
+def make_rows(config, rng, rows=8):
+    """Random packed rows of unequal real lengths, two documents in each."""
+    shape = (rows, config.seq_len)
+    batch = {name: rng.integers(0, 257, shape).astype(np.int32) for name in ("inputs", "targets")}
+    real = rng.integers(1, config.seq_len + 1, (rows, 1))
+    at = np.arange(config.seq_len)
+    batch["segment_ids"] = np.where(at < real, 1 + (at > real // 2), 0).astype(np.int32)
+    return batch
+
+
+def one_step(config, rows):
+    """State and metrics after one update by plain gradient descent, so that gradients show in the parameters."""
+    mesh, model = make_mesh(config), TransformerLM(config.model)
+    abstract = abstract_state(model, SGD, mesh)
+    state = init_state(model, SGD, abstract, config.seed)
+    step = make_train_step(model, SGD, optax.constant_schedule(1.0), abstract)
+    state, metrics = step(state, device_batch(mesh, rows, config.accumulation_steps))
+    assert jax.tree.map(lambda leaf: leaf.sharding, state) == jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return state, metrics
+
+
+def assert_same_update(a, b, tolerance=1e-5):
+    (state_a, metrics_a), (state_b, metrics_b) = a, b
+    for name in metrics_a:
+        np.testing.assert_allclose(metrics_a[name], metrics_b[name], rtol=tolerance, err_msg=name)
+    for x, y in zip(jax.tree.leaves(state_a.params), jax.tree.leaves(state_b.params), strict=True):
+        np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance * 0.1)
+
+
+def test_accumulation_equals_one_big_batch_whatever_the_masks(config):
+    rows = make_rows(config, np.random.default_rng(0))
+    rows["segment_ids"][:2] = 0  # the first of four parts is padding alone
+    whole = one_step(config, rows)
+    assert whole[1]["tokens"] == (rows["segment_ids"] > 0).sum()
+    assert_same_update(whole, one_step(dataclasses.replace(config, accumulation_steps=4), rows))
+
+
+def test_loss_is_the_mean_over_real_tokens(config):
+    rows = make_rows(config, np.random.default_rng(1), rows=2)
+    model = TransformerLM(config.model)
+    params = init_state(model, SGD, abstract_state(model, SGD, make_mesh(config)), 3).params
+    with jax.numpy_dtype_promotion("strict"):
+        losses = token_losses(model, params, rows)
+    logits = model.apply({"params": params}, rows["inputs"], segment_ids=rows["segment_ids"])
+    log_probability = np.asarray(jax.nn.log_softmax(logits.astype(jnp.float32)))
+    for (row, at), segment in np.ndenumerate(rows["segment_ids"]):
+        expected = -log_probability[row, at, rows["targets"][row, at]] if segment else 0.0
+        np.testing.assert_allclose(losses[row, at], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_no_document_sees_another(config):
+    rows = make_rows(config, np.random.default_rng(2), rows=2)
+    model = TransformerLM(config.model)
+    params = init_state(model, SGD, abstract_state(model, SGD, make_mesh(config)), 3).params
+    losses = token_losses(model, params, rows)
+    for row in range(2):
+        for segment in (1, 2):
+            inside = np.flatnonzero(rows["segment_ids"][row] == segment)
+            alone = {name: value[row : row + 1, inside] for name, value in rows.items()}
+            np.testing.assert_allclose(token_losses(model, params, alone)[0], losses[row, inside], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [(4, 1, 1), (2, 2, 1), (1, 2, 2), (2, 2, 2)])
+def test_any_mesh_gives_the_update_of_one_device(config, sizes):
+    model = dataclasses.replace(config.model, num_heads=4, num_kv_heads=2)
+    config = dataclasses.replace(config, model=model)
+    rows = make_rows(config, np.random.default_rng(3))
+    spread = dataclasses.replace(config, mesh=MeshConfig(*sizes))
+    state, metrics = one_step(spread, rows)
+    kernel = state.params["layers"]["mlp"]["gate"]["kernel"]
+    layers, width, hidden = kernel.shape
+    assert kernel.addressable_shards[0].data.shape == (layers, width // sizes[1], hidden // sizes[2])
+    assert_same_update(one_step(config, rows), (state, metrics))
+
+
+def test_parameters_and_dtypes(config):
+    bf16 = dataclasses.replace(config, dtype="bfloat16").resolved_model("cpu")
+    assert bf16.dtype == "bfloat16" and config.resolved_model("cpu").dtype == "float32"
+    assert config.resolved_model("gpu").dtype == config.resolved_model("tpu").dtype == "bfloat16"
+    model = TransformerLM(bf16)
+    state = init_state(model, SGD, abstract_state(model, SGD, make_mesh(config)), 0)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+    assert token_losses(model, state.params, make_rows(config, np.random.default_rng(4), 1)).dtype == jnp.float32
+
+
+def test_mesh_takes_all_devices_unless_told(config):
+    assert make_mesh(dataclasses.replace(config, mesh=MeshConfig())).devices.shape == (8, 1, 1)
+    assert make_mesh(dataclasses.replace(config, mesh=MeshConfig(fsdp=4))).devices.shape == (2, 4, 1)
+    assert make_mesh(config).devices.shape == (1, 1, 1)
+    with pytest.raises(ConfigError, match="needs 16 devices and there are 8"):
+        make_mesh(dataclasses.replace(config, mesh=MeshConfig(fsdp=16)))
