@@ -1,5 +1,8 @@
 """Checkpoints of a run: what training resumes from, and the parameters alone for everything else."""
 
+import concurrent.futures
+import hashlib
+import json
 import shutil
 from pathlib import Path
 
@@ -8,7 +11,14 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from train.config import ConfigError
+from train.data import write_text_atomically
 from train.state import TrainState
+
+_DIGESTS = "sha256.json"
+
+
+class DamagedError(Exception):
+    """A checkpoint's files are not those that were written."""
 
 
 class Checkpoints:
@@ -16,6 +26,8 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int):
         self._folder = folder
+        self._thread = concurrent.futures.ThreadPoolExecutor(1)
+        self._saving = None
         self._orbax = ocp.training.Checkpointer(
             folder.resolve() / "checkpoints",
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
@@ -25,7 +37,21 @@ class Checkpoints:
 
     def save(self, state: TrainState, data: grain.DatasetIterator):
         """Begins to write a checkpoint, after the one before is complete; training goes on meanwhile."""
-        self._orbax.save_checkpointables_async(int(state.step), {"state": state, "data": data})
+        self.wait()
+        step = int(state.step)
+        response = self._orbax.save_checkpointables_async(step, {"state": state, "data": data})
+        self._saving = self._thread.submit(self._finish, response, step)
+
+    def _finish(self, response, step: int):
+        response.result()
+        if jax.process_index() == 0:
+            write_text_atomically(self.path(step) / _DIGESTS, json.dumps(_digests(self.path(step)), indent=2))
+
+    def wait(self):
+        """Returns when the checkpoint being written is complete; raises what went wrong with it."""
+        if self._saving is not None:
+            self._saving.result()
+            self._saving = None
 
     def path(self, step: int) -> Path:
         """Folder of a checkpoint."""
@@ -33,8 +59,8 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
-        """Step of the newest complete checkpoint."""
-        self._orbax.wait()
+        """Step of the newest checkpoint, once the one being written is complete; None before the first."""
+        self.wait()
         return None if self._orbax.latest is None else self._orbax.latest.step
 
     def restore(self, abstract: TrainState, data: grain.DatasetIterator, warn) -> TrainState | None:
@@ -47,7 +73,8 @@ class Checkpoints:
         """
         while (step := self.latest) is not None:
             try:
-                check_shapes(self._orbax.metadata(step).metadata, abstract, self.path(step))
+                _check_files(self.path(step))
+                _check_shapes(self._orbax.metadata(step).metadata, abstract, self.path(step))
                 loaded = self._orbax.load_checkpointables(step, {"state": abstract, "data": data})
                 return loaded["state"]
             except ConfigError:
@@ -57,24 +84,51 @@ class Checkpoints:
                 shutil.rmtree(aside, ignore_errors=True)
                 self.path(step).rename(aside)
                 self._orbax.reload()
-                text = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
                 before = f"using that of step {self.latest}" if self.latest is not None else "starting anew"
-                warn(f"checkpoint {self.path(step)} is damaged ({text}); moved to {aside}; {before}")
+                warn(f"checkpoint {self.path(step)} is damaged ({_first_line(error)}); moved to {aside}; {before}")
         return None
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
+        self.wait()
+        self._thread.shutdown()
         self._orbax.close()
 
 
-def check_shapes(saved, wanted, path: Path):
+def _digests(path: Path) -> dict[str, str]:
+    """SHA-256 of every file of a checkpoint. The storage format itself does not notice changed array data."""
+    digests = {}
+    for file in sorted(path.rglob("*")):
+        if file.is_file() and file.name != _DIGESTS:
+            with file.open("rb") as opened:
+                digests[file.relative_to(path).as_posix()] = hashlib.file_digest(opened, "sha256").hexdigest()
+    return digests
+
+
+def _check_files(path: Path):
+    # Killed between a checkpoint's last file and this one, a run leaves a checkpoint that can only be tried.
+    if (path / _DIGESTS).exists():
+        was, now = json.loads((path / _DIGESTS).read_text()), _digests(path)
+        for name in was:
+            if was[name] != now.get(name):
+                raise DamagedError(f"{name} is {'changed' if name in now else 'missing'}")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+
+
+def _check_shapes(saved, wanted, path: Path):
     """Compares the array shapes of a checkpoint's metadata with those that a model needs.
 
     Raises:
       ConfigError: they differ; the message names the first array that does.
+      DamagedError: there is no metadata.
     """
+    if saved is None:
+        raise DamagedError("its metadata cannot be read")
     shapes = [
         {jax.tree_util.keystr(key, simple=True, separator="/"): leaf.shape for key, leaf in leaves}
         for leaves in (jax.tree_util.tree_flatten_with_path(tree)[0] for tree in (saved, wanted))
@@ -92,11 +146,11 @@ def load_params(folder: Path, step: int, abstract: TrainState):
     """
     path = folder / "checkpoints" / str(step)
     try:
-        check_shapes(ocp.metadata(path, checkpointable_name="state").metadata["params"], abstract.params, path)
+        _check_files(path)
+        _check_shapes(ocp.metadata(path, checkpointable_name="state").metadata["params"], abstract.params, path)
         partial = jax.tree.map(lambda _: ocp.PLACEHOLDER, abstract)._replace(params=abstract.params)
         return ocp.load(path, partial, checkpointable_name="state").params
     except ConfigError:
         raise
     except Exception as error:
-        text = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise ConfigError(f"checkpoint {path} cannot be read ({text})") from None
+        raise ConfigError(f"checkpoint {path} is damaged ({_first_line(error)}); try another of the run") from None
