@@ -3,8 +3,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
+from parallax_jax.model import TransformerLM
 from train.__main__ import main
 from train.config import Config, ConfigError, difference, load_preset, parse_command_line, preset_names
 
@@ -86,3 +89,13 @@ def test_commands_exit_with_code_2_and_one_line(arguments):
     done = subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_softmax_preset_has_as_many_parameters():
+    def count(name):
+        model = TransformerLM(load_preset(name).model)
+        abstract = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
+        return sum(leaf.size for leaf in jax.tree.leaves(abstract))
+
+    assert count("laptop") == pytest.approx(1e6, rel=0.05)
+    assert count("laptop_softmax") == pytest.approx(count("laptop"), rel=1e-3)
