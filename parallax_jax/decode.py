@@ -69,7 +69,7 @@ def parallax_decode(
         probe,
         key_cache,
         value_cache,
-        Mask(lengths - query.shape[1], lengths, window=local_window_size),
+        Mask(None, lengths, window=local_window_size),
         page_table,
         scale=scale,
         implementation=implementation,
@@ -80,9 +80,9 @@ def parallax_decode(
 def decode_at(
     query, probe, key_cache, value_cache, mask: Mask, page_table=None, *, scale, implementation=None, block_sizes=None
 ):
-    """`parallax_decode` of checked operands whose queries start at `mask.offset` (B,), wherever the keys end.
+    """`parallax_decode` of checked operands, where `mask.offset` (B,) may say at which position the queries start.
 
-    A chunk that ends in padding has its queries before the end of `mask.lengths` (B,) plus the padding.
+    None stands for `mask.lengths` - T. A chunk whose last tokens are padding starts later.
     """
     if implementation == "reference":
         if block_sizes is not None:
@@ -108,7 +108,8 @@ def _reference(query, probe, key, value, mask: Mask, page_table, scale):
             local_window_size=mask.window,
         )[0]
 
-    return jax.vmap(one)(mask.offset, mask.lengths, query, probe, key, value)
+    offset = mask.lengths - query.shape[1] if mask.offset is None else mask.offset
+    return jax.vmap(one)(offset, mask.lengths, query, probe, key, value)
 
 
 def _check_cache(query, probe, key_cache, value_cache, lengths, page_table) -> None:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from parallax_jax.attention import parallax_attention
+from parallax_jax.cache import KVCache
 
 INIT_STD = 0.02
 
@@ -110,19 +111,31 @@ class ParallaxAttention(nn.Module):
         x: Float[Array, "B T D"],
         positions: Int[Array, "#B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], None]:
-        """Attends causally within `x`.
+        cache: KVCache | None = None,
+        num_new: Int[Array, " B"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+        """Attends causally within `x`, and with a cache to what came before.
 
         Args:
           x: inputs.
-          positions: position of each token for the rotary embedding; None for 0 to T - 1. It hides nothing.
-          segment_ids: tokens see their own segment only; None for one segment.
+          positions: position of each token for the rotary embedding; None for 0 to T - 1, with a cache on from its
+            lengths. It hides nothing.
+          segment_ids: tokens see their own segment only; None for one segment. Not with a cache.
+          cache: this layer's keys and values so far.
+          num_new: with a cache, how many tokens of each row are real, the rest being padding at its end; None for all.
 
         Returns:
           (B, T, D) in `dtype`, and the new cache (None without one).
+
+        Raises:
+          ValueError: segment ids came with a cache.
         """
+        if cache is not None and segment_ids is not None:
+            raise ValueError("segment_ids: a cache holds one segment per sequence, so it must be None")
         if positions is None:
             positions = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+            if cache is not None:
+                positions += cache.lengths[:, None]
 
         def heads(name: str, num_heads: int, axis: str, *, norm: bool, rope: bool, gain: float = 1.0):
             h = nn.DenseGeneral(
@@ -152,15 +165,11 @@ class ParallaxAttention(nn.Module):
                 rope=self.probe_rope,
                 gain=self.probe_norm_init,
             )
-        out = parallax_attention(
-            query,
-            probe,
-            key,
-            value,
-            local_window_size=self.local_window_size,
-            segment_ids=segment_ids,
-            implementation=self.implementation,
-        )
+        options = {"local_window_size": self.local_window_size, "implementation": self.implementation}
+        if cache is None:
+            out = parallax_attention(query, probe, key, value, segment_ids=segment_ids, **options)
+        else:
+            out, cache = cache.attend(query, probe, key, value, num_new, **options)
         out = nn.DenseGeneral(
             x.shape[-1],
             axis=(-2, -1),
@@ -171,7 +180,7 @@ class ParallaxAttention(nn.Module):
             bias_init=bias_init(("embed",)),
             name="out",
         )(out)
-        return out, None
+        return out, cache
 
 
 class SwiGLU(nn.Module):

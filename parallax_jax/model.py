@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from parallax_jax.attention import RESIDUAL_NAMES
+from parallax_jax.cache import KVCache
 from parallax_jax.layers import INIT_STD, ParallaxAttention, RMSNorm, SwiGLU, kernel_init
 
 _policies = jax.checkpoint_policies
@@ -106,15 +107,26 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], positions: Int[Array, "#B T"], segment_ids: Int[Array, "B T"] | None
-    ) -> tuple[Float[Array, "B T D"], None]:
-        """Returns (x, None): a carry and no output, as `nn.scan` wants it."""
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "#B T"],
+        segment_ids: Int[Array, "B T"] | None,
+        cache: KVCache | None,
+        num_new: Int[Array, " B"] | None,
+        key_value: tuple[Array, Array] | None,
+    ) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None]:
+        """Returns x and this layer's new cached keys and values: a carry and an output, as `nn.scan` wants it.
+
+        `cache` is what the layers share of it, `key_value` what is this layer's own.
+        """
+        if cache is not None:
+            cache = dataclasses.replace(cache, key=key_value[0], value=key_value[1])
         c = self.config
         dtypes = {"dtype": jnp.dtype(c.dtype), "param_dtype": jnp.dtype(c.param_dtype)}
         # 2 num_layers branches add to the stream; this keeps its variance independent of depth at the start.
         shared = {"use_bias": c.use_bias, "out_init_std": INIT_STD / (2 * c.num_layers) ** 0.5, **dtypes}
         h = RMSNorm(c.norm_eps, param_dtype=dtypes["param_dtype"], name="attention_norm")(x)
-        attended, _ = ParallaxAttention(
+        attended, cache = ParallaxAttention(
             c.num_heads,
             c.num_kv_heads,
             c.head_dim,
@@ -129,10 +141,11 @@ class Block(nn.Module):
             implementation=c.implementation,
             name="attention",
             **shared,
-        )(h, positions, segment_ids)
+        )(h, positions, segment_ids, cache, num_new)
         x += attended
         h = RMSNorm(c.norm_eps, param_dtype=dtypes["param_dtype"], name="mlp_norm")(x)
-        return x + SwiGLU(c.mlp_width, name="mlp", **shared)(h), None
+        x += SwiGLU(c.mlp_width, name="mlp", **shared)(h)
+        return x, None if cache is None else (cache.key, cache.value)
 
 
 def segment_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
@@ -167,7 +180,7 @@ class TransformerLM(nn.Module):
                 length=c.num_layers,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
-                in_axes=nn.broadcast,
+                in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast, 0),
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )(c)
         else:
@@ -188,15 +201,32 @@ class TransformerLM(nn.Module):
         tokens: Int[Array, "B T"],
         positions: Int[Array, "#B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
-    ) -> Float[Array, "B T D"]:
-        """Returns the final normed hidden states, in `config.dtype`; arguments as in `__call__`."""
+        cache: KVCache | None = None,
+        num_new: Int[Array, " B"] | None = None,
+    ):
+        """Returns the final normed hidden states (B, T, D) in `config.dtype`; all else as in `__call__`."""
         if positions is None:
-            one_segment = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-            positions = one_segment if segment_ids is None else segment_positions(segment_ids)
+            positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+            if cache is not None:
+                positions += cache.lengths[:, None]
+            elif segment_ids is not None:
+                positions = segment_positions(segment_ids)
         x = self.embed(tokens)
-        for layer in [self.layers] if self.config.scan_layers else self.layers:
-            x, _ = layer(x, positions, segment_ids)
-        return self.final_norm(x)
+        if cache is None:
+            for layer in [self.layers] if self.config.scan_layers else self.layers:
+                x, _ = layer(x, positions, segment_ids, None, None, None)
+            return self.final_norm(x)
+        lengths = cache.grown(tokens.shape[1], num_new)
+        shared = dataclasses.replace(cache, key=None, value=None)
+        if self.config.scan_layers:
+            x, (key, value) = self.layers(x, positions, segment_ids, shared, num_new, (cache.key, cache.value))
+        else:
+            pairs = []
+            for layer, *pair in zip(self.layers, cache.key, cache.value, strict=True):
+                x, pair = layer(x, positions, segment_ids, shared, num_new, pair)
+                pairs.append(pair)
+            key, value = zip(*pairs, strict=True)
+        return self.final_norm(x), dataclasses.replace(cache, key=key, value=value, lengths=lengths)
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B vocab"]:
         """Returns the float32 logits of hidden states, such as a chunk of what `hidden` returns."""
@@ -210,18 +240,38 @@ class TransformerLM(nn.Module):
         tokens: Int[Array, "B T"],
         positions: Int[Array, "#B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
-    ) -> Float[Array, "B T vocab"]:
+        cache: KVCache | None = None,
+        num_new: Int[Array, " B"] | None = None,
+    ):
         """Returns the logits of the next token at every position.
 
         Args:
           tokens: int32 token ids in [0, vocab_size).
-          positions: for the rotary embedding; None for 0 to T - 1, counted anew in each segment.
-          segment_ids: packed documents: tokens see their own segment only; None for one segment.
+          positions: for the rotary embedding; None for 0 to T - 1, counted anew in each segment, with a cache on from
+            its lengths.
+          segment_ids: packed documents: tokens see their own segment only; None for one segment. Not with a cache.
+          cache: keys and values of the tokens before these, from `init_cache` or `init_paged_cache`.
+          num_new: with a cache, how many tokens of each row are real, the rest being padding at its end; None for all.
 
         Returns:
-          float32 logits.
+          float32 logits (B, T, vocab); with a cache (logits, new cache).
         """
-        return self.logits(self.hidden(tokens, positions, segment_ids))
+        if cache is None:
+            return self.logits(self.hidden(tokens, positions, segment_ids))
+        hidden, cache = self.hidden(tokens, positions, segment_ids, cache, num_new)
+        return self.logits(hidden), cache
+
+
+def unstack_layers(config: ModelConfig, params):
+    """Returns the same model with one subtree of parameters per layer: faster to decode with, slower to compile.
+
+    A scan over layers copies each layer's whole cache in and out; without it the cache is updated in place.
+    """
+    if not config.scan_layers:
+        return config, params
+    layers = {f"layers_{i}": jax.tree.map(lambda p, i=i: p[i], params["layers"]) for i in range(config.num_layers)}
+    rest = {name: p for name, p in params.items() if name != "layers"}
+    return dataclasses.replace(config, scan_layers=False), {**rest, **layers}
 
 
 def _float32_product(a, b, dimension_numbers, precision=None):

@@ -15,7 +15,7 @@ def unsupported(query, probe, key, value, mask, page_table, *, scale, block_size
 
 
 def decode(query, probe, key, value, mask: blocks.Mask, page_table, *, scale, block_sizes):
-    """Returns the output (B, T, N, Hv); `mask.offset` and `mask.lengths` are (B,)."""
+    """Returns the output (B, T, N, Hv); `mask.lengths` is (B,), `mask.offset` (B,) or None for lengths - T."""
     batch, num_queries, num_heads, head_dim = query.shape
     page_size, num_kv_heads = key.shape[1:3]
     block_k = (block_sizes or XlaBlockSizes()).block_k
@@ -27,7 +27,7 @@ def decode(query, probe, key, value, mask: blocks.Mask, page_table, *, scale, bl
         num_keys, block_k = page_table.shape[1] * page_size, pages * page_size
         page_table = jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % pages)))
     wide = jnp.dtype("float64" if query.dtype == jnp.float64 else "float32")
-    dot = lambda spec, x, y: jnp.einsum(  # noqa: E731
+    dot = lambda spec, x, y: jnp.einsum(
         spec, x, y, preferred_element_type=wide, precision=tiles.dot_precision(query.dtype)
     )
 
@@ -43,34 +43,30 @@ def decode(query, probe, key, value, mask: blocks.Mask, page_table, *, scale, bl
 
     grouped = (batch, num_queries, num_kv_heads, num_heads // num_kv_heads, head_dim)
     q, r = (x.reshape(grouped) for x in (query, probe))
-    offset, length = (x[:, None, None] for x in (mask.offset, jnp.minimum(mask.lengths, num_keys)))
-    end = blocks.visible_end(offset, num_queries, length, True)
+    sight = {
+        "offset": mask.lengths - num_queries if mask.offset is None else mask.offset,
+        "length": jnp.minimum(mask.lengths, num_keys),
+        "is_causal": True,
+        "window": mask.window,
+    }
+    bounds = blocks.key_bounds(0, num_queries, block_k, num_queries=num_queries, **sight)
+    first = jnp.broadcast_to(bounds.first, (batch,))
+    sight |= {name: sight[name][:, None, None] for name in ("offset", "length")}
+    end = blocks.visible_end(sight["offset"], num_queries, sight["length"], True)
     row = jnp.arange(num_queries)[:, None]
 
     def step(j, state):
         key_index = first_key(j) + jnp.arange(block_k)
         again = key_index < j * block_k
-        visible = ~again & blocks.visible_tile(
-            row, key_index, num_queries=None, offset=offset, length=end, is_causal=True, window=mask.window
-        )
-        used = ((key_index < end[:, 0]) & ~again)[..., None, None]
-        k, v = (jnp.where(used, tile(x, j), jnp.zeros((), x.dtype)) for x in (key, value))
+        visible = ~again & blocks.visible_tile(row, key_index, num_queries=None, **sight)
+        used = (key_index < end[:, 0]) & ~again
+        k, v = (jnp.where(used[..., None, None], tile(x, j), jnp.zeros((), x.dtype)) for x in (key, value))
         s1, s2 = (dot("btkgh,bskh->bkgts", x, k) for x in (q, r))
-        times_value = lambda p: dot("bkgts,bskh->bkgth", p.astype(v.dtype), v)  # noqa: E731
+        times_value = lambda p: dot("bkgts,bskh->bkgth", p.astype(v.dtype), v)
         return tiles.update(state, s1, s2, scale * tiles.LOG2_E, visible[:, None, None], times_value)
 
-    bounds = blocks.key_bounds(
-        0,
-        num_queries,
-        block_k,
-        num_queries=num_queries,
-        offset=mask.offset,
-        length=length[:, 0, 0],
-        is_causal=True,
-        window=mask.window,
-    )
     rows = (batch, num_kv_heads, num_heads // num_kv_heads, num_queries)
     state = tiles.initial_state(rows, value.shape[3], wide)
-    state = lax.fori_loop(jnp.min(bounds.first), jnp.max(bounds.last), step, state)
+    state = lax.fori_loop(jnp.min(first), jnp.max(bounds.last), step, state)
     out = jnp.moveaxis(tiles.finish(state)[0], 3, 1)
     return out.reshape(batch, num_queries, num_heads, value.shape[3]).astype(query.dtype)

@@ -46,7 +46,7 @@ def draw(case: Case, seed=0):
     """Query, probe, cache, lengths and page table of a case; whatever no sequence owns is NaN or Inf."""
     rng = np.random.default_rng([seed, *case.name.encode()])
     batch = len(case.lengths)
-    normal = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+    normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
     query, probe = normal(batch, case.T, case.N, case.H), normal(batch, case.T, case.N, case.H)
     key, value = normal(batch, case.S, case.K, case.H), normal(batch, case.S, case.K, case.Hv)
     padding = np.arange(case.S) >= np.asarray(case.lengths)[:, None]

@@ -65,7 +65,7 @@ def test_unsupported_calls_say_why():
 def test_vmap():
     case = next(c for c in CASES if c.name == "step")
     (query, probe, key, value), lengths, _ = draw(case)
-    stack = lambda x: jnp.stack([x, x[::-1]])  # noqa: E731
+    stack = lambda x: jnp.stack([x, x[::-1]])
     both = jax.vmap(parallax_decode)(*(stack(x) for x in (query, probe, key, value)), stack(lengths))
     once = parallax_decode(query, probe, key, value, lengths)
     assert jnp.allclose(both[0], once, atol=1e-6)

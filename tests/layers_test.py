@@ -15,7 +15,7 @@ def make(**options):
     params = nn.meta.unbox(jax.jit(layer.init)(jax.random.key(1), x)["params"])
     # Gains and biases away from their start, so that a forgotten one shows.
     keys = iter(jax.random.split(jax.random.key(2), 40))
-    scale = lambda p: 8 * p if p.ndim > 1 else p  # noqa: E731
+    scale = lambda p: 8 * p if p.ndim > 1 else p
     params = jax.tree.map(lambda p: scale(p) + 0.2 * jax.random.normal(next(keys), p.shape), params)
     return layer, params, x
 
@@ -102,8 +102,8 @@ def test_probe_norm_init_and_init_scale():
 
 def test_rope_depends_on_distance_only_and_starts_at_identity():
     x, y = jax.random.normal(jax.random.key(0), (2, 1, 6, 3, 16))
-    at = lambda start: jnp.arange(start, start + 6, dtype=jnp.int32)[None]  # noqa: E731
-    scores = lambda s: jnp.einsum("btnh,bsnh->bnts", apply_rope(x, at(s), 1e4), apply_rope(y, at(s), 1e4))  # noqa: E731
+    at = lambda start: jnp.arange(start, start + 6, dtype=jnp.int32)[None]
+    scores = lambda s: jnp.einsum("btnh,bsnh->bnts", apply_rope(x, at(s), 1e4), apply_rope(y, at(s), 1e4))
     np.testing.assert_allclose(scores(0), scores(1000), atol=3e-3)
     np.testing.assert_array_equal(apply_rope(x, jnp.zeros((1, 6), jnp.int32), 1e4), x)
 

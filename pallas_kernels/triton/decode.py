@@ -35,7 +35,7 @@ def unsupported(query, probe, key, value, mask, page_table, *, scale, block_size
 
 
 def decode(query, probe, key, value, mask: blocks.Mask, page_table, *, scale, block_sizes):
-    """Returns the output (B, T, N, Hv); `mask.offset` and `mask.lengths` are (B,)."""
+    """Returns the output (B, T, N, Hv); `mask.lengths` is (B,), `mask.offset` (B,) or None for lengths - T."""
     if query.shape[1] > MAX_QUERIES:
         return _prefill(query, probe, key, value, mask, page_table, scale=scale)
     config = block_sizes or heuristic(query, key, value, mask, page_table)
@@ -103,11 +103,12 @@ def _kernel(q_ref, r_ref, k_ref, v_ref, mask, pages_ref, *out_refs, config, scal
     precision = tiles.dot_precision(q.dtype)
 
     length = jnp.minimum(mask.lengths[b], num_keys)
-    sight = {"offset": mask.offset[b], "length": length, "is_causal": True, "window": mask.window}
+    offset = (length - num_queries) if mask.offset is None else mask.offset[b]
+    sight = {"offset": offset, "length": length, "is_causal": True, "window": mask.window}
     first_token, _ = _divmod(block * rows.size, rows.group)
     num_tokens = num_queries if rows.blocks == 1 else pl.cdiv(rows.size, rows.group) + 1
     bounds = blocks.key_bounds(first_token, num_tokens, config.block_k, num_queries=num_queries, **sight)
-    end = blocks.visible_end(sight["offset"], num_queries, length, True)
+    end = blocks.visible_end(offset, num_queries, length, True)
     share, _ = _divmod(bounds.last - bounds.first + config.num_splits - 1, config.num_splits)
     start = bounds.first + split * share
 
@@ -128,7 +129,7 @@ def _kernel(q_ref, r_ref, k_ref, v_ref, mask, pages_ref, *out_refs, config, scal
             **sight,
         )
         s1, s2 = common.dot(q, k, precision), common.dot(r, k, precision)
-        times_value = lambda p: common.dot(p.astype(v.dtype), v, precision)  # noqa: E731
+        times_value = lambda p: common.dot(p.astype(v.dtype), v, precision)
         return tiles.update(state, s1, s2, scale * tiles.LOG2_E, visible, times_value)
 
     state = tiles.initial_state((rows.size,), common.padded(value_dim))
@@ -154,9 +155,9 @@ def _merge_kernel(state_refs: tiles.State, out_ref, *, rows: _Rows):
     splits, columns = pl.ds(0, num_splits), pl.ds(b * 0, common.padded(value_dim))
     inside = jnp.arange(common.padded(value_dim)) < value_dim
     spread = lax.broadcast_in_dim(inside, (num_splits, inside.shape[0]), (1,))
-    values = lambda ref: plt.load(ref.at[b, kv, row, splits, columns], mask=spread, other=0.0)  # noqa: E731
-    m, d1, d2 = (ref[b, kv, row, splits] for ref in state_refs[:3])
-    out, *_ = tiles.finish(tiles.merge(tiles.State(m, d1, d2, values(state_refs.o1), values(state_refs.o2))))
+    values = lambda ref: plt.load(ref.at[b, kv, row, splits, columns], mask=spread, other=0.0)
+    states = (values(ref) if ref.ndim == 5 else ref[b, kv, row, splits] for ref in state_refs)
+    out, *_ = tiles.finish(tiles.merge(tiles.State(*states)))
     token, member = _divmod(row, rows.group)
     head = kv * rows.group + member
     plt.store(out_ref.at[b, token, head, columns], out.astype(out_ref.dtype), mask=inside)
@@ -202,4 +203,5 @@ def _prefill(query, probe, key, value, mask, page_table, *, scale):
         sequence_mask = blocks.Mask(offset, length[None], window=mask.window)
         return triton.forward(*(x[None] for x in operands), sequence_mask, scale=scale, block_sizes=None)[0][0]
 
-    return jax.vmap(one)(mask.offset, mask.lengths, query, probe, key, value)
+    offset = mask.lengths - query.shape[1] if mask.offset is None else mask.offset
+    return jax.vmap(one)(offset, mask.lengths, query, probe, key, value)

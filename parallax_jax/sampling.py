@@ -1,0 +1,196 @@
+"""Generation: ragged prompts in, tokens out, one compiled step for the whole run."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from parallax_jax.cache import KVCache, init_cache
+from parallax_jax.model import ModelConfig, TransformerLM, unstack_layers
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn from logits. Filters apply in the order of the fields, each to what the last one left.
+
+    Attributes:
+      temperature: divides the logits; 0 takes the likeliest token.
+      top_k: keep the k likeliest tokens; None keeps all.
+      top_p: keep the likeliest tokens until their probabilities sum to p; None keeps all.
+      min_p: keep tokens with at least this share of the likeliest one's probability; None keeps all.
+
+    Raises:
+      ValueError: a field has a value that is not allowed.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+
+    def __post_init__(self):
+        rules = {
+            "temperature": (self.temperature >= 0, "a number >= 0"),
+            "top_k": (self.top_k is None or self.top_k >= 1, "None or an integer >= 1"),
+            "top_p": (self.top_p is None or 0 < self.top_p <= 1, "None or a number in (0, 1]"),
+            "min_p": (self.min_p is None or 0 <= self.min_p <= 1, "None or a number in [0, 1]"),
+        }
+        for name, (ok, allowed) in rules.items():
+            if not ok:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not allowed: it must be {allowed}")
+
+
+def filter_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
+    """Scales the logits by the temperature (which must not be 0) and puts -inf where a filter drops a token."""
+    logits = logits / sampling.temperature
+    if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
+        logits = _at_least(logits, jax.lax.top_k(logits, sampling.top_k)[0][:, -1:])
+    if sampling.top_p is not None:
+        ordered = jnp.sort(logits, axis=-1, descending=True)
+        probability = jax.nn.softmax(ordered, axis=-1)
+        before = jnp.cumsum(probability, axis=-1) - probability
+        logits = _at_least(logits, jnp.min(jnp.where(before < sampling.top_p, ordered, jnp.inf), -1, keepdims=True))
+    if sampling.min_p is not None:
+        logits = _at_least(logits, jnp.max(logits, -1, keepdims=True) + jnp.log(jnp.float32(sampling.min_p)))
+    return logits
+
+
+def _at_least(logits, threshold):
+    return jnp.where(logits < threshold, -jnp.inf, logits)
+
+
+def sample(logits: Float[Array, "B V"], keys: Key[Array, " B"], sampling: Sampling) -> Int[Array, " B"]:
+    """Draws one token per row, each row with its own key."""
+    if sampling.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return jax.vmap(jax.random.categorical)(keys, filter_logits(logits, sampling)).astype(jnp.int32)
+
+
+def generate(
+    config: ModelConfig, params, prompts: Sequence[Sequence[int]], *, stop_tokens: Sequence[int] = (), **options
+) -> list[list[int]]:
+    """Returns the new tokens of each prompt, without the stop token. Arguments as in `stream`."""
+    rows = np.stack(list(stream(config, params, prompts, stop_tokens=stop_tokens, **options)), axis=1)
+    return [[int(t) for t in row if t >= 0 and t not in stop_tokens] for row in rows]
+
+
+def stream(
+    config: ModelConfig,
+    params,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = Sampling(),
+    stop_tokens: Sequence[int] = (),
+    seed: int | Sequence[int] = 0,
+    cache: KVCache | None = None,
+    prefill_chunk: int = 512,
+) -> Iterator[np.ndarray]:
+    """Yields the next token of every sequence, step by step, while the device already computes the one after.
+
+    What a prompt gets depends on itself and its seed alone, not on what else is in the batch.
+
+    Args:
+      config: the model; its layers are unstacked for decoding.
+      params: the model's parameters, as `config` stacks them.
+      prompts: token ids, one sequence or more, each of one token or more; lengths may differ.
+      max_new_tokens: tokens after each prompt, at most.
+      sampling: how a token is drawn.
+      stop_tokens: a sequence ends with the first of these.
+      seed: a seed for the batch, or one per prompt.
+      cache: an empty cache to fill, which must not be used again; None for a contiguous one that fits.
+      prefill_chunk: prompts are read in chunks of this many tokens.
+
+    Yields:
+      int32 (B,), -1 for a sequence that has ended. The stop token itself is yielded.
+
+    Raises:
+      ValueError: an argument is wrong, or the cache too small.
+    """
+    lengths, capacity = _check(config, prompts, max_new_tokens, seed, cache, prefill_chunk)
+    config, params = unstack_layers(dataclasses.replace(config, remat="none"), params)
+    if cache is None:
+        cache = init_cache(config, len(prompts), capacity)
+    elif not isinstance(cache.key, tuple):
+        cache = dataclasses.replace(cache, key=tuple(cache.key), value=tuple(cache.value))
+    if isinstance(seed, int):
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(len(prompts)))
+    else:
+        keys = jax.vmap(jax.random.key)(jnp.asarray(seed))
+
+    chunk = min(prefill_chunk, 1 << (int(lengths.max()) - 1).bit_length())
+    tokens = np.zeros((len(prompts), -(-int(lengths.max()) // chunk) * chunk), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    last = jnp.zeros((len(prompts), config.width), config.dtype)
+    for start in range(0, tokens.shape[1], chunk):
+        num_new = np.clip(lengths - start, 0, chunk).astype(np.int32)
+        last, cache = _prefill(config, params, cache, tokens[:, start : start + chunk], num_new, last)
+    stop = jnp.asarray(list(stop_tokens) or [-1], jnp.int32)
+    token, done = _first(config, sampling, params, last, cache.lengths, keys, stop)
+    for left in reversed(range(max_new_tokens)):
+        ahead = (token, done)
+        if left:
+            token, done, cache = _step(config, sampling, params, cache, token, done, keys, stop)
+        yield np.asarray(ahead[0])
+        if np.asarray(ahead[1]).all():
+            return
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
+def _prefill(config, params, cache, tokens, num_new, last):
+    """Reads a chunk; `last` holds the hidden state of each sequence's last token so far."""
+    hidden, cache = TransformerLM(config).apply(
+        {"params": params}, tokens, cache=cache, num_new=num_new, method="hidden"
+    )
+    end = jnp.take_along_axis(hidden, jnp.maximum(num_new - 1, 0)[:, None, None], axis=1)[:, 0]
+    return jnp.where((num_new > 0)[:, None], end, last), cache
+
+
+@functools.partial(jax.jit, static_argnames=("config", "sampling"))
+def _first(config, sampling, params, last, lengths, keys, stop):
+    logits = TransformerLM(config).apply({"params": params}, last, method="logits")
+    return _draw(logits, lengths, keys, jnp.zeros(lengths.shape, bool), stop, sampling)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "sampling"), donate_argnames="cache")
+def _step(config, sampling, params, cache, token, done, keys, stop):
+    """Reads the last token of each sequence that goes on and draws the next."""
+    num_new = 1 - done.astype(jnp.int32)
+    tokens = jnp.maximum(token, 0)[:, None]
+    logits, cache = TransformerLM(config).apply({"params": params}, tokens, cache=cache, num_new=num_new)
+    token, done = _draw(logits[:, 0], cache.lengths, keys, done, stop, sampling)
+    return token, done, cache
+
+
+def _draw(logits, lengths, keys, done, stop, sampling):
+    token = sample(logits, jax.vmap(jax.random.fold_in)(keys, lengths), sampling)
+    token = jnp.where(done, -1, token)
+    return token, done | jnp.isin(token, stop)
+
+
+def _check(config, prompts, max_new_tokens, seed, cache, prefill_chunk) -> tuple[np.ndarray, int]:
+    """Returns the prompts' lengths and the capacity that the run needs."""
+    lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
+    if not len(lengths) or not lengths.min():
+        raise ValueError(f"prompts: need one token or more each, got lengths {lengths.tolist()}")
+    for prompt in prompts:
+        low, high = min(prompt), max(prompt)
+        if low < 0 or high >= config.vocab_size:
+            raise ValueError(f"prompts: token ids must lie in [0, {config.vocab_size - 1}], got {low} to {high}")
+    for name, number in (("max_new_tokens", max_new_tokens), ("prefill_chunk", prefill_chunk)):
+        if number < 1:
+            raise ValueError(f"{name}: must be an integer >= 1, got {number}")
+    if not isinstance(seed, int) and len(seed) != len(prompts):
+        raise ValueError(f"seed: must be an int or one per prompt ({len(prompts)}), got {len(seed)}")
+    capacity = int(lengths.max()) + max_new_tokens - 1  # the last token drawn is never read
+    if cache is not None:
+        if len(cache.lengths) != len(prompts) or np.asarray(cache.lengths).any():
+            raise ValueError(f"cache: must be empty and hold {len(prompts)} sequences, got lengths {cache.lengths}")
+        if cache.capacity < capacity:
+            raise ValueError(f"cache: needs room for {capacity} tokens of a sequence, has {cache.capacity}")
+    return lengths, capacity
