@@ -15,12 +15,11 @@ import pytest
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 import train.loop
+from tests.train.conftest import losses
 from train import evaluate, generate
 from train.config import ConfigError
 from train.loop import train as run_training
 from train.metrics import MetricWriter, read_metrics
-
-from .conftest import losses
 
 ROOT = Path(__file__).parents[2]
 FLAGS = ["--mesh.data", "1", "--log-interval", "1"]
