@@ -45,13 +45,13 @@ class Bounds(NamedTuple):
     last: jax.Array
 
 
-def _ceil_div(a, b: int):
-    return (a + b - 1) // b
+def floor_div(a, b):
+    """a // b for integers a >= 0, b > 0, without the sign handling that costs instructions inside kernels."""
+    return jax.lax.div(jnp.asarray(a, jnp.int32), jnp.asarray(b, jnp.int32))
 
 
 def _ordered(first, full_first, full_last, last) -> Bounds:
-    """Clips the ranges so that first <= full_first <= full_last <= last, with 0 <= first."""
-    first = jnp.maximum(first, 0)
+    """Clips the ranges so that first <= full_first <= full_last <= last."""
     last = jnp.maximum(last, first)
     full_first = jnp.clip(full_first, first, last)
     return Bounds(first, full_first, jnp.clip(full_last, full_first, last), last)
@@ -106,7 +106,10 @@ def key_bounds(
     last_key = jnp.maximum(last_key, 0)
     full_last_key = jnp.maximum(full_last_key, 0)
     return _ordered(
-        first_key // block_k, _ceil_div(full_first_key, block_k), full_last_key // block_k, _ceil_div(last_key, block_k)
+        floor_div(first_key, block_k),
+        floor_div(full_first_key + block_k - 1, block_k),
+        floor_div(full_last_key, block_k),
+        floor_div(last_key + block_k - 1, block_k),
     )
 
 
@@ -141,10 +144,13 @@ def row_bounds(
         full_last_row = jnp.minimum(full_last_row, segment[2])
         last_row = jnp.minimum(last_row, segment[3])
     # Past the length nothing is visible; a block that straddles it is masked throughout.
-    last_row = jnp.where(key < length, jnp.maximum(last_row, 0), 0)
-    full_last_row = jnp.where(key + block_k <= length, jnp.maximum(full_last_row, 0), 0)
+    last_row = jnp.maximum(last_row, 0) * jnp.clip(length - key, 0, 1)
+    full_last_row = jnp.maximum(full_last_row, 0) * jnp.clip(length - key - block_k + 1, 0, 1)
     return _ordered(
-        first_row // block_q, _ceil_div(full_first_row, block_q), full_last_row // block_q, _ceil_div(last_row, block_q)
+        floor_div(first_row, block_q),
+        floor_div(full_first_row + block_q - 1, block_q),
+        floor_div(full_last_row, block_q),
+        floor_div(last_row + block_q - 1, block_q),
     )
 
 
@@ -156,7 +162,7 @@ def segment_spans(segment_ids: jax.Array, block: int) -> jax.Array:
     position that may share one. Tight where ids do not decrease along the row (packed rows); right for any ids.
     """
     batch, length = segment_ids.shape
-    num_blocks = _ceil_div(length, block)
+    num_blocks = -(-length // block)
     pad = num_blocks * block - length
     tiles = jnp.pad(segment_ids, ((0, 0), (0, pad)), mode="edge").reshape(batch, num_blocks, block)
     low, high = tiles.min(-1), tiles.max(-1)
@@ -172,7 +178,7 @@ def segment_spans(segment_ids: jax.Array, block: int) -> jax.Array:
     ends = jnp.pad(change, ((0, 0), (0, 1)), constant_values=True)
     run_start = jax.lax.cummax(jnp.where(starts, position, 0), axis=1)
     run_end = jax.lax.cummin(jnp.where(ends, position + 1, length), axis=1, reverse=True)
-    block_first = jnp.arange(num_blocks) * block
+    block_first = jnp.arange(num_blocks, dtype=jnp.int32) * block
     block_last = jnp.minimum(block_first + block, length) - 1
     start, end = run_start[:, block_last], run_end[:, block_first]
     single = (start <= block_first) & (end > block_last)

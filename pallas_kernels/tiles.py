@@ -2,7 +2,7 @@
 
 A tile is a block of query rows against a block of keys, for one head. With softmax weights `p`, probe scores
 `t = probe . key` (unscaled) and `t_mean = sum_j p_j t_j`, the output is `sum_j p_j (1 - t_j + t_mean) v_j`
-(Parallax, arXiv 2605.29157, eq. 8), which equals `v_mean (1 + t_mean) - sum_j p_j t_j v_j`.
+(Parallax, arXiv 2605.29157, eq. 8), which equals `v_mean - sum_j p_j (t_j - t_mean) v_j`.
 
 Everything is float32 (or wider). Scores are in base 2: `c = scale * log2(e)`, `p = 2^(c s1 - lse)`. Row statistics
 have the tile's shape without the key axis; leading batch axes are allowed.
@@ -20,19 +20,22 @@ LOG2_E = math.log2(math.e)
 
 
 class State(NamedTuple):
-    """What the forward pass carries along the keys: the two sums of weights and the two sums of values.
+    """What the forward pass carries along the keys: a streaming mean of t and v, and their streaming covariance.
+
+    The covariance is kept relative to the running t_mean, so that the terms which cancel in the output never meet: a
+    part that all keys share, an attention sink, or one dominant key costs no precision in low-precision products.
 
     Attributes:
       m: (rows,) running maximum of the base-2 scores; -inf while no key has been seen.
       d1: (rows,) sum of 2^(s - m).
-      d2: (rows,) sum of 2^(s - m) t.
+      t_mean: (rows,) mean of t under the weights so far.
       o1: (rows, Hv) sum of 2^(s - m) v.
-      o2: (rows, Hv) sum of 2^(s - m) t v.
+      o2: (rows, Hv) sum of 2^(s - m) (t - t_mean) v.
     """
 
     m: jax.Array
     d1: jax.Array
-    d2: jax.Array
+    t_mean: jax.Array
     o1: jax.Array
     o2: jax.Array
 
@@ -65,13 +68,7 @@ def initial_state(rows: tuple[int, ...], value_dim: int, dtype=jnp.float32) -> S
 def softmax_weights(
     m: jax.Array, s1: jax.Array, c: float, visible: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Moves the running maximum over one tile of keys: the first half of `update`, which needs no probe scores.
-
-    Args:
-      m: (rows,) running maximum so far.
-      s1: (rows, keys) query . key, unscaled.
-      c: scale * log2(e).
-      visible: (rows, keys) bool, or None where every key is visible.
+    """Moves the running maximum m over one tile of keys: the half of `update` that needs s1 alone.
 
     Returns:
       The new maximum (rows,), the factor (rows,) for the old sums, and the weights 2^(s - m) (rows, keys).
@@ -82,6 +79,11 @@ def softmax_weights(
     m_new = jnp.maximum(m, jnp.max(s1, axis=-1) * c)
     m_finite = jnp.where(m_new == -jnp.inf, 0.0, m_new)
     return m_new, jnp.exp2(m - m_finite), jnp.exp2(s1 * c - spread(m_finite, s1))
+
+
+def _nonzero(d1: jax.Array) -> jax.Array:
+    """d1 as a denominator: 1 for rows that saw no key."""
+    return jnp.where(d1 == 0, 1.0, d1)
 
 
 def update(
@@ -100,26 +102,36 @@ def update(
       s2: (rows, keys) probe . key; finite everywhere, masked entries included.
       c: scale * log2(e).
       visible: (rows, keys) bool, or None where every key is visible.
-      times_value: multiplies weights (rows, keys) with the tile's values (keys, Hv), in float32.
+      times_value: multiplies float32 weights (rows, keys) with the tile's values (keys, Hv), in float32.
     """
     m, a, p = softmax_weights(state.m, s1, c, visible)
-    p2 = p * s2
-    return State(
-        m,
-        a * state.d1 + jnp.sum(p, axis=-1),
-        a * state.d2 + jnp.sum(p2, axis=-1),
-        spread(a, state.o1) * state.o1 + times_value(p),
-        spread(a, state.o2) * state.o2 + times_value(p2),
-    )
+    old = a * state.d1
+    d1 = old + jnp.sum(p, axis=-1)
+    t_mean = (old * state.t_mean + jnp.sum(p * s2, axis=-1)) / _nonzero(d1)
+    o1 = spread(a, state.o1) * state.o1
+    o2 = spread(a, state.o2) * state.o2 + spread(state.t_mean - t_mean, o1) * o1
+    p2 = p * (s2 - spread(t_mean, s2))
+    return State(m, d1, t_mean, o1 + times_value(p), o2 + times_value(p2))
+
+
+def from_fixed_centre(
+    m: jax.Array, d1: jax.Array, d2: jax.Array, o1: jax.Array, o2: jax.Array, centre: jax.Array
+) -> State:
+    """The state from sums over t - centre, centre fixed: d2 = sum 2^(s - m) (t - centre), o2 the same times v."""
+    shift = d2 / _nonzero(d1)
+    return State(m, d1, centre + shift, o1, o2 - spread(shift, o1) * o1)
 
 
 def merge(states: State, axis: int = 0) -> State:
     """Merges states of the same rows over disjoint keys, stacked along `axis`. Associative, any order."""
     m = jnp.max(states.m, axis=axis, keepdims=True)
     a = jnp.exp2(states.m - jnp.where(m == -jnp.inf, 0.0, m))
-    sums = [jnp.sum(a * d, axis=axis) for d in (states.d1, states.d2)]
-    values = [jnp.sum(a[..., None] * o, axis=axis) for o in (states.o1, states.o2)]
-    return State(jnp.squeeze(m, axis), *sums, *values)
+    d1 = jnp.sum(a * states.d1, axis=axis)
+    t_mean = jnp.sum(a * states.d1 * states.t_mean, axis=axis) / _nonzero(d1)
+    shift = states.t_mean - jnp.expand_dims(t_mean, axis)
+    o1 = jnp.sum(a[..., None] * states.o1, axis=axis)
+    o2 = jnp.sum(a[..., None] * (states.o2 + shift[..., None] * states.o1), axis=axis)
+    return State(jnp.squeeze(m, axis), d1, t_mean, o1, o2)
 
 
 def finish(state: State) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -128,12 +140,32 @@ def finish(state: State) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     Rows that saw no key give out = v_mean = t_mean = 0 and lse = +inf, so that the backward pass finds p = 0.
     """
     empty = state.d1 == 0
-    inverse = jnp.where(empty, 0.0, 1.0 / jnp.where(empty, 1.0, state.d1))
-    t_mean = state.d2 * inverse
+    inverse = jnp.where(empty, 0.0, 1.0 / _nonzero(state.d1))
     v_mean = state.o1 * spread(inverse, state.o1)
-    out = v_mean * spread(1.0 + t_mean, v_mean) - state.o2 * spread(inverse, state.o2)
-    lse = jnp.where(empty, jnp.inf, state.m + jnp.log2(jnp.where(empty, 1.0, state.d1)))
-    return out, v_mean, lse, t_mean
+    out = v_mean - state.o2 * spread(inverse, state.o2)
+    lse = jnp.where(empty, jnp.inf, state.m + jnp.log2(_nonzero(state.d1)))
+    return out, v_mean, lse, jnp.where(empty, 0.0, state.t_mean)
+
+
+def backward_weights(
+    s1: jax.Array, c: float, visible: jax.Array | None, lse: jax.Array, key_axis: int = -1
+) -> jax.Array:
+    """Softmax weights p of a tile from the forward pass's lse: the part of `backward_tile` that needs s1 alone."""
+    p = jnp.exp2(s1 * c - spread(lse, s1, key_axis))
+    return p if visible is None else jnp.where(visible, p, 0.0)
+
+
+def combined_weights(p: jax.Array, s2: jax.Array, t_mean: jax.Array, key_axis: int = -1) -> jax.Array:
+    """w = p (1 + t_mean - t), by which the output weighs the values."""
+    return p + p * (spread(t_mean, s2, key_axis) - s2)
+
+
+def score_gradients(
+    p: jax.Array, w: jax.Array, a: jax.Array, tau: jax.Array, beta: jax.Array, key_axis: int = -1
+) -> tuple[jax.Array, jax.Array]:
+    """Returns (ds1, ds2) of a tile from its two kinds of weights, its a = dO . value and the row statistics."""
+    d = a - spread(beta, a, key_axis)
+    return w * d + p * spread(beta - tau, p, key_axis), -p * d
 
 
 def backward_tile(
@@ -164,10 +196,6 @@ def backward_tile(
       beta: row statistic rowsum(dO * v_mean).
       key_axis: -1 for tiles (rows, keys), -2 for transposed tiles (keys, rows).
     """
-    p = jnp.exp2(s1 * c - spread(lse, s1, key_axis))
-    if visible is not None:
-        p = jnp.where(visible, p, 0.0)
-    u = spread(t_mean, s2, key_axis) - s2
-    d = a - spread(beta, a, key_axis)
-    ds1 = p * (a - spread(tau, a, key_axis) + u * d)
-    return p * (1.0 + u), ds1, -p * d
+    p = backward_weights(s1, c, visible, lse, key_axis)
+    w = combined_weights(p, s2, t_mean, key_axis)
+    return w, *score_gradients(p, w, a, tau, beta, key_axis)

@@ -12,11 +12,11 @@ def _visible(
     query_offset: int | Int[Array, ""] | None,
     local_window_size: int | None,
     segment_ids: Int[Array, "B T"] | None,
-    key_value_seq_lengths: Int[Array, "B"] | None,
+    key_value_seq_lengths: Int[Array, " B"] | None,
 ) -> Bool[Array, "#B T S"]:
     offset = num_keys - num_queries if query_offset is None else query_offset
-    position = jnp.arange(num_queries)[:, None] + offset
-    key = jnp.arange(num_keys)
+    position = jnp.arange(num_queries, dtype=jnp.int32)[:, None] + offset
+    key = jnp.arange(num_keys, dtype=jnp.int32)
     visible = jnp.ones((1, num_queries, num_keys), bool)
     if is_causal:
         visible &= key <= position
@@ -40,7 +40,7 @@ def parallax_reference(
     query_offset: int | Int[Array, ""] | None = None,
     local_window_size: int | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
-    key_value_seq_lengths: Int[Array, "B"] | None = None,
+    key_value_seq_lengths: Int[Array, " B"] | None = None,
 ) -> Float[Array, "B T N Hv"]:
     r"""Softmax attention minus the covariance of values and keys times the probe, written as it is defined.
 

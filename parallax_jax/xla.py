@@ -11,7 +11,9 @@ from pallas_kernels.block_sizes import XlaBlockSizes
 
 
 def unsupported(query, probe, key, value, mask, *, scale, block_sizes) -> str | None:
-    """Runs everything."""
+    """Why this backend cannot run the call, or None."""
+    if block_sizes is not None and not isinstance(block_sizes, XlaBlockSizes):
+        return f"block_sizes: needs XlaBlockSizes, got {type(block_sizes).__name__}"
     return None
 
 
@@ -53,13 +55,13 @@ class _Tiles:
     def key_tile(self, x, j):
         """Block j of padded keys or values, zero where no query looks."""
         tile = lax.dynamic_slice_in_dim(x, j * self.block_k, self.block_k, 2)
-        index = j * self.block_k + jnp.arange(self.block_k)
+        index = j * self.block_k + jnp.arange(self.block_k, dtype=jnp.int32)
         return jnp.where((index < self.end[:, None])[:, None, :, None], tile, jnp.zeros((), x.dtype))
 
     def visible(self, i, j):
         """(B, 1, 1, block_q, block_k) bool."""
-        row = i * self.block_q + jnp.arange(self.block_q)[:, None]
-        key = j * self.block_k + jnp.arange(self.block_k)
+        row = i * self.block_q + jnp.arange(self.block_q, dtype=jnp.int32)[:, None]
+        key = j * self.block_k + jnp.arange(self.block_k, dtype=jnp.int32)
         row_segments = key_segments = None
         if self.segments is not None:
             row_segments = lax.dynamic_slice_in_dim(self.segments, i * self.block_q, self.block_q, 1)[:, :, None]
@@ -77,10 +79,10 @@ class _Tiles:
         )
         return visible[:, None, None]
 
-    def over_keys(self, i, body, carry):
-        """Runs body(j, carry) over the key blocks that any sequence of the batch needs for row block i."""
+    def key_range(self, i):
+        """[first, last) of the key blocks that any sequence of the batch needs for row block i."""
         if self.keys == 1:
-            return body(0, carry)
+            return 0, 1
         bounds = blocks.key_bounds(
             i * self.block_q,
             self.block_q,
@@ -92,7 +94,7 @@ class _Tiles:
             window=self.mask.window,
             segment=None if self.spans is None else tuple(self.spans[:, i].T),
         )
-        return lax.fori_loop(jnp.min(bounds.first), jnp.max(bounds.last), body, carry)
+        return jnp.min(bounds.first), jnp.max(bounds.last)
 
     def dot(self, spec, x, y):
         return jnp.einsum(spec, x, y, preferred_element_type=self.state_dtype, precision=self.precision)
@@ -117,14 +119,15 @@ def forward(query, probe, key, value, mask: blocks.Mask, *, scale: float, block_
 
         def key_block(j, state):
             k, v = cut.key_tile(k_all, j), cut.key_tile(v_all, j)
-            times_value = lambda p: cut.dot("bkgqs,bksh->bkgqh", p.astype(v.dtype), v)  # noqa: E731
+            times_value = lambda p: cut.dot("bkgqs,bksh->bkgqh", p.astype(v.dtype), v)
             return tiles.update(state, cut.scores(q, k), cut.scores(r, k), c, cut.visible(i, j), times_value)
 
         state = tiles.initial_state(q.shape[:-1], value.shape[-1], cut.state_dtype)
-        out, v_mean, lse, t_mean = tiles.finish(cut.over_keys(i, key_block, state))
+        state = lax.fori_loop(*cut.key_range(i), key_block, state)
+        out, v_mean, lse, t_mean = tiles.finish(state)
         return out.astype(query.dtype), v_mean.astype(query.dtype), lse, t_mean
 
-    rows = (jnp.arange(cut.rows), *(cut.split_rows(x, cut.num_kv_heads) for x in (query, probe)))
+    rows = (jnp.arange(cut.rows, dtype=jnp.int32), *(cut.split_rows(x, cut.num_kv_heads) for x in (query, probe)))
     out, v_mean, lse, t_mean = (cut.join_rows(x) for x in lax.map(row_block, rows))
     return out, v_mean, jnp.moveaxis(lse, 2, 1), jnp.moveaxis(t_mean, 2, 1)
 
@@ -149,7 +152,7 @@ def backward(
     cut = _Tiles(query, key, mask, block_sizes)
     k_all, v_all = cut.pad_keys(key), cut.pad_keys(value)
     c = scale * tiles.LOG2_E
-    wide = lambda x: x.astype(cut.state_dtype)  # noqa: E731
+    wide = lambda x: x.astype(cut.state_dtype)
     tau = jnp.sum(wide(dout) * wide(out), axis=-1)
     beta = jnp.sum(wide(dout) * wide(v_mean), axis=-1)
     # Rows past T get lse = 0: `visible` hides them.
@@ -174,10 +177,13 @@ def backward(
             )
 
         zero = jnp.zeros(q.shape, cut.state_dtype)
-        dq, dr, *carry = cut.over_keys(i, key_block, (zero, zero, *carry))
+        dq, dr, *carry = lax.fori_loop(*cut.key_range(i), key_block, (zero, zero, *carry))
         return tuple(carry), ((dq * scale).astype(query.dtype), dr.astype(probe.dtype))
 
-    rows = (jnp.arange(cut.rows), *(cut.split_rows(x, cut.num_kv_heads) for x in (query, probe, dout, *stats)))
+    rows = (
+        jnp.arange(cut.rows, dtype=jnp.int32),
+        *(cut.split_rows(x, cut.num_kv_heads) for x in (query, probe, dout, *stats)),
+    )
     zeros = tuple(jnp.zeros(x.shape, cut.state_dtype) for x in (k_all, v_all))
     (dk, dv), (dq, dr) = lax.scan(row_block, zeros, rows)
     dk, dv = (jnp.moveaxis(x, 1, 2)[:, : cut.S] for x in (dk, dv))

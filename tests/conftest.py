@@ -4,3 +4,9 @@ import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+def pytest_generate_tests(metafunc):
+    """Conformance classes say which workloads they run in half precision."""
+    if "half_workload" in metafunc.fixturenames:
+        metafunc.parametrize("half_workload", metafunc.cls.half_workloads)

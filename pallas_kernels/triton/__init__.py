@@ -22,7 +22,9 @@ def unsupported(query, probe, key, value, mask, *, scale, block_sizes) -> str | 
 def forward(query, probe, key, value, mask, *, scale, block_sizes):
     """Returns (out, v_mean, lse, t_mean); see `pallas_kernels.tiles.finish`."""
     sizes = block_sizes or TritonBlockSizes()
-    return device.run(functools.partial(_forward.forward, scale=scale, config=sizes.forward), query, probe, key, value, mask)
+    return device.run(
+        functools.partial(_forward.forward, scale=scale, config=sizes.forward), query, probe, key, value, mask
+    )
 
 
 def backward(query, probe, key, value, mask, out, v_mean, lse, t_mean, dout, *, scale, block_sizes):

@@ -43,14 +43,14 @@ def _rows_kernel(
     head, block = common.work_item(pl.program_id(0), batch * num_heads, num_blocks, group)
     if mask.is_causal:
         block = num_blocks - 1 - block  # longest rows first
-    b, n = head // num_heads, head % num_heads
-    kv = n // (num_heads // num_kv_heads)
+    b, n = lax.div(head, num_heads), lax.rem(head, num_heads)
+    kv = lax.div(n, num_heads // num_kv_heads)
     row = block * config.block_q
     row_limit = num_queries if num_queries % config.block_q else None
 
     sight = common.Sight.read(mask, spans, b, block, num_queries, num_keys)
     precision = tiles.dot_precision(q_ref.dtype)
-    rows = lambda ref: common.load_rows(ref, b, row, config.block_q, n, row_limit)  # noqa: E731
+    rows = lambda ref: common.load_rows(ref, b, row, config.block_q, n, row_limit)
     q, r, do = rows(q_ref), rows(r_ref), rows(do_ref)
     wide = do.astype(jnp.float32)
     tau = jnp.sum(wide * rows(out_ref).astype(jnp.float32), axis=1)
@@ -66,9 +66,10 @@ def _rows_kernel(
         key_limit = sight.end if masked else None
         k = common.load_rows(k_ref, b, key, config.block_k, kv, key_limit)
         v = common.load_rows(v_ref, b, key, config.block_k, kv, key_limit)
-        s1, s2, a = (common.dot(x, y.T, precision) for x, y in ((q, k), (r, k), (do, v)))
         visible = sight.visible(row, key, config, 1) if masked else None
-        _, ds1, ds2 = tiles.backward_tile(s1, s2, a, scale * tiles.LOG2_E, visible, lse, t_mean, tau, beta)
+        p = tiles.backward_weights(common.dot(q, k.T, precision), scale * tiles.LOG2_E, visible, lse)
+        w = tiles.combined_weights(p, common.dot(r, k.T, precision), t_mean)
+        ds1, ds2 = tiles.score_gradients(p, w, common.dot(do, v.T, precision), tau, beta)
         return (
             dq + common.dot(ds1.astype(k.dtype), k, precision),
             dr + common.dot(ds2.astype(k.dtype), k, precision),
@@ -110,7 +111,7 @@ def _columns_kernel(
     heads_per_kv = num_heads // num_kv_heads
     num_blocks = pl.cdiv(num_keys, config.block_k)
     head, block = common.work_item(pl.program_id(0), batch * num_kv_heads, num_blocks, group)
-    b, kv = head // num_kv_heads, head % num_kv_heads
+    b, kv = lax.div(head, num_kv_heads), lax.rem(head, num_kv_heads)
     key = block * config.block_k
 
     sight = common.Sight.read(mask, spans, b, block, num_queries, num_keys)
@@ -127,20 +128,16 @@ def _columns_kernel(
             dk, dv = sums
             row = i * config.block_q
             row_limit = num_queries if masked and num_queries % config.block_q else None
-            q, r, do = (
-                common.load_rows(ref, b, row, config.block_q, n, row_limit) for ref in (q_ref, r_ref, do_ref)
-            )
-            # Rows past T: lse = +inf makes their weights zero.
-            lse = common.load_stat(lse_ref, b, n, row, config.block_q, row_limit, jnp.inf)
-            t_mean, tau, beta = (
-                common.load_stat(ref, b, n, row, config.block_q, row_limit) for ref in (t_mean_ref, tau_ref, beta_ref)
-            )
-            s1, s2, a = (common.dot(x, y.T, precision) for x, y in ((k, q), (k, r), (v, do)))
+            q, r, do = (common.load_rows(ref, b, row, config.block_q, n, row_limit) for ref in (q_ref, r_ref, do_ref))
+            stat = lambda ref, other=0.0: common.load_stat(ref, b, n, row, config.block_q, row_limit, other)
             visible = sight.visible(row, key, config, 0) if masked else None
-            w, ds1, ds2 = tiles.backward_tile(
-                s1, s2, a, scale * tiles.LOG2_E, visible, lse, t_mean, tau, beta, key_axis=0
-            )
+            # In the order that keeps the fewest tiles alive. Rows past T: lse = +inf makes their weights zero.
+            s1 = common.dot(k, q.T, precision)
+            p = tiles.backward_weights(s1, scale * tiles.LOG2_E, visible, stat(lse_ref, jnp.inf), key_axis=0)
+            w = tiles.combined_weights(p, common.dot(k, r.T, precision), stat(t_mean_ref), key_axis=0)
             dv = dv + common.dot(w.astype(do.dtype), do, precision)
+            a = common.dot(v, do.T, precision)
+            ds1, ds2 = tiles.score_gradients(p, w, a, stat(tau_ref), stat(beta_ref), key_axis=0)
             dk = dk + common.dot((ds1 * scale).astype(q.dtype), q, precision)
             return dk + common.dot(ds2.astype(r.dtype), r, precision), dv
 
@@ -179,8 +176,8 @@ def backward(
     batch, num_queries, num_heads, head_dim = query.shape
     num_keys, num_kv_heads = key.shape[1:3]
     rows, columns = block_sizes.rows, block_sizes.columns
-    like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # noqa: E731
-    spans = lambda block: None if mask.segment_ids is None else blocks.segment_spans(mask.segment_ids, block)  # noqa: E731
+    like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+    spans = lambda block: None if mask.segment_ids is None else blocks.segment_spans(mask.segment_ids, block)
     heads_per_kv = num_heads // num_kv_heads
     row_group = heads_per_kv * common.work_group(
         batch * num_kv_heads, num_keys * (head_dim + value.shape[3]) * key.dtype.itemsize

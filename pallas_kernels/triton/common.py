@@ -119,7 +119,7 @@ class Sight(NamedTuple):
     def visible(self, row, key, config, key_axis: int) -> jax.Array:
         """Bool tile of rows [row, row + block_q) and keys [key, key + block_k), keys along `key_axis`."""
         shape = (config.block_q, config.block_k) if key_axis == 1 else (config.block_k, config.block_q)
-        spread = lambda x, axis: lax.broadcast_in_dim(x, shape, (axis,))  # noqa: E731
+        spread = lambda x, axis: lax.broadcast_in_dim(x, shape, (axis,))
         row_segments = key_segments = None
         if self.mask.segment_ids is not None:
             ids = self.mask.segment_ids
@@ -141,7 +141,7 @@ def over_blocks(bounds: blocks.Bounds, step: Callable, carry, *, masked_start: b
 
     `masked_start` and `masked_end` say which masked loops can have work at all.
     """
-    loop = lambda masked: lambda j, c: step(j, c, masked)  # noqa: E731
+    loop = lambda masked: lambda j, c: step(j, c, masked)
     if masked_start:
         carry = lax.fori_loop(bounds.first, bounds.full_first, loop(True), carry)
     carry = lax.fori_loop(bounds.full_first, bounds.full_last, loop(False), carry)
@@ -163,10 +163,10 @@ def work_group(heads: int, bytes_per_head: int) -> int:
 def work_item(pid, heads: int, num_blocks: int, group: int):
     """(head, block) of program `pid`: groups of heads in turn, inside a group block by block over its heads."""
     per_group = group * num_blocks
-    first = pid // per_group * group
+    first = lax.div(pid, per_group) * group
     size = jnp.minimum(group, heads - first)
-    rest = pid % per_group
-    return first + rest % size, rest // size
+    rest = lax.rem(pid, per_group)
+    return first + lax.rem(rest, size), lax.div(rest, size)
 
 
 def grid_size(*sizes: int) -> tuple[int]:

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
@@ -19,8 +20,8 @@ def _kernel(q_ref, r_ref, k_ref, v_ref, mask, spans, out_ref, v_mean_ref, lse_re
     head, block = common.work_item(pl.program_id(0), batch * num_heads, num_blocks, group)
     if mask.is_causal:
         block = num_blocks - 1 - block  # longest rows first
-    b, n = head // num_heads, head % num_heads
-    kv = n // (num_heads // num_kv_heads)
+    b, n = lax.div(head, num_heads), lax.rem(head, num_heads)
+    kv = lax.div(n, num_heads // num_kv_heads)
     row = block * config.block_q
     row_limit = num_queries if num_queries % config.block_q else None
 
@@ -36,7 +37,7 @@ def _kernel(q_ref, r_ref, k_ref, v_ref, mask, spans, out_ref, v_mean_ref, lse_re
         s1, s2 = common.dot(q, k, precision), common.dot(r, k, precision)
         visible = sight.visible(row, key, config, 1) if masked else None
         v = common.load_rows(v_ref, b, key, config.block_k, kv, key_limit)
-        times_value = lambda p: common.dot(p.astype(v.dtype), v, precision)  # noqa: E731
+        times_value = lambda p: common.dot(p.astype(v.dtype), v, precision)
         return tiles.update(state, s1, s2, scale * tiles.LOG2_E, visible, times_value)
 
     state = common.over_blocks(

@@ -1,0 +1,133 @@
+"""Errors of every implementation against the reference: `python -m parallax_jax.compare`.
+
+Prints a table of relative Frobenius errors of the output and the four gradients, against the reference in float64 on
+the same inputs. The exit code is 1 when an error is over its bound.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import device
+from parallax_jax import workloads
+from parallax_jax.attention import BACKENDS, parallax_attention
+from parallax_jax.reference import parallax_reference
+
+RESULTS = ("out", "dquery", "dprobe", "dkey", "dvalue")
+
+# (output, gradients). float16 has three more bits than bfloat16; float32 of "xla" is tighter than kernels' because XLA
+# sums each row in one reduction.
+BOUNDS = {
+    "bfloat16": (3.5e-3, 5e-3),
+    "float16": (4.5e-4, 6.5e-4),
+    "float32": (2e-5, 2e-5),
+    "float64": (1e-13, 1e-13),
+}
+XLA_FLOAT32_BOUNDS = (2e-6, 1e-5)
+
+# Results that cancel to nothing (a row with one key has no query gradient) have no relative error: an element of the
+# expected result counts with at least this size, where inputs are standard normal.
+SMALLEST_ELEMENT = 0.1
+
+
+def bounds(implementation: str, dtype) -> tuple[float, float]:
+    """Largest allowed error of (the output, each gradient)."""
+    name = jnp.dtype(dtype).name
+    return XLA_FLOAT32_BOUNDS if (implementation, name) == ("xla", "float32") else BOUNDS[name]
+
+
+def relative_error(result, expected) -> float:
+    """Frobenius norm of the difference over that of `expected`; infinite where the result is not finite."""
+    result, expected = np.asarray(result, np.float64), np.asarray(expected, np.float64)
+    if not np.isfinite(result).all():
+        return float("inf")
+    floor = SMALLEST_ELEMENT * np.sqrt(expected.size)
+    return float(np.linalg.norm(result - expected) / max(np.linalg.norm(expected), floor))
+
+
+def value_and_gradients(attention, operands, cotangent) -> tuple[jax.Array, ...]:
+    """(out, dquery, dprobe, dkey, dvalue) of attention(*operands)."""
+
+    def run(operands, cotangent):
+        out, vjp = jax.vjp(attention, *operands)
+        return out, *vjp(cotangent)
+
+    return jax.jit(run)(operands, cotangent)
+
+
+def expected(workload: workloads.Workload, dtype, seed: int = 0) -> tuple[np.ndarray, ...]:
+    """What `value_and_gradients` should give, from the reference in float64."""
+    operands = [np.asarray(x, np.float64) for x in workload.operands(dtype, seed)]
+    options = {k: np.asarray(v) if isinstance(v, jax.Array) else v for k, v in workload.options(seed).items()}
+    with jax.enable_x64(True):
+        *operands, cotangent = (jnp.asarray(x) for x in operands)
+        attention = lambda *x: parallax_reference(*x, **options)
+        return tuple(np.asarray(x) for x in value_and_gradients(attention, operands, cotangent))
+
+
+def errors(implementation: str, workload: workloads.Workload, dtype, seed: int = 0, **options) -> dict[str, float]:
+    """Error of each of `RESULTS`. `options` go to `parallax_attention`."""
+    *operands, cotangent = workload.operands(dtype, seed)
+    options |= workload.options(seed)
+    attention = lambda *x: parallax_attention(*x, implementation=implementation, **options)
+    results = value_and_gradients(attention, operands, cotangent)
+    for name, result, operand in zip(RESULTS[1:], results[1:], operands, strict=True):
+        assert result.dtype == operand.dtype and result.shape == operand.shape, name
+    return {
+        name: relative_error(x, y) for name, x, y in zip(RESULTS, results, expected(workload, dtype, seed), strict=True)
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the comparison; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m parallax_jax.compare", description=__doc__.split("\n\n")[0])
+    platform, kind = device.target()
+    native = [name for name, (_, platforms) in BACKENDS.items() if platform in platforms]
+    parser.add_argument("--implementations", nargs="+", choices=BACKENDS, default=native, help=f"default: {native}")
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=["bfloat16", "float16", "float32"], default=["bfloat16", "float16", "float32"]
+    )
+    parser.add_argument("--workloads", nargs="+", default=[w.name for w in workloads.CONFORMANCE], metavar="NAME")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write the errors here")
+    options = parser.parse_args(arguments)
+    unknown = [name for name in options.workloads if name not in workloads.BY_NAME]
+    if unknown:
+        parser.error(f"--workloads: unknown {unknown[0]!r}, allowed are {', '.join(workloads.BY_NAME)}")
+
+    print(f"{kind} ({platform}), jax {jax.__version__}: relative Frobenius error against float64")
+    print(f"{'implementation':<15}{'dtype':<10}{'workload':<16}" + "".join(f"{name:>10}" for name in RESULTS))
+    rows, refused, over = [], [], 0
+    for implementation in options.implementations:
+        for dtype in options.dtypes:
+            allowed = bounds(implementation, dtype)
+            for name in options.workloads:
+                row = dict(implementation=implementation, dtype=dtype, workload=name)
+                try:
+                    found = errors(implementation, workloads.BY_NAME[name], dtype, options.seed)
+                except NotImplementedError as error:
+                    refused.append(f"{name} {dtype}: {error}")
+                    continue
+                passed = all(e <= allowed[min(i, 1)] for i, e in enumerate(found.values()))
+                over += not passed
+                rows.append(row | found | {"passed": passed})
+                cells = "".join(f"{e:>10.1e}" for e in found.values())
+                print(f"{implementation:<15}{dtype:<10}{name:<16}{cells}{'' if passed else '  over'}", flush=True)
+    for reason in refused:
+        print(f"not run: {reason}")
+    print(f"{len(rows)} compared, {over} over their bound, {len(refused)} not supported")
+    if options.json:
+        report = dict(device=kind, platform=platform, jax=jax.__version__, seed=options.seed, rows=rows)
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    return 1 if over or not rows else 0
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore", message=".*Pallas Triton backend is deprecated.*")
+    sys.exit(main())
