@@ -8,7 +8,7 @@ config = Config(
     optimizer=OptimizerConfig(learning_rate=0.02, decay_fraction=0.5, weight_decay=0.01),
     seq_len=256,
     batch_size=24,
-    steps=400,
-    eval_interval=100,
-    checkpoint_interval=100,
+    steps=180,
+    eval_interval=60,
+    checkpoint_interval=60,
 )
