@@ -17,6 +17,18 @@ def swizzled(*shape: int, dtype) -> plgpu.SMEM:
     return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
 
 
+def launch(name: str, num_groups: int, interpret: bool) -> dict:
+    """What all the kernels pass to `plgpu.kernel`: a line of work items, each for a few warpgroups."""
+    return dict(
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        grid_names=("item",),
+        num_threads=num_groups,
+        thread_name="group",
+        kernel_name=name,
+        interpret=plgpu.InterpretGPUParams() if interpret else False,
+    )
+
+
 def work_item(batch: int, heads: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(batch, head, block) of this program: every head's first block, then every head's second, in launch order."""
     block, head = lax.div(lax.axis_index("item"), batch * heads), lax.rem(lax.axis_index("item"), batch * heads)
