@@ -72,14 +72,15 @@ class Checkpoints:
           ConfigError: a checkpoint holds arrays of other shapes.
         """
         while (step := self.latest) is not None:
+            intact = False
             try:
-                _check_files(self.path(step))
+                intact = _check_files(self.path(step))
                 _check_shapes(self._orbax.metadata(step).metadata, abstract, self.path(step))
                 loaded = self._orbax.load_checkpointables(step, {"state": abstract, "data": data})
                 return loaded["state"]
-            except ConfigError:
-                raise
             except Exception as error:  # whatever the storage raises on damaged files
+                if intact or isinstance(error, ConfigError):
+                    raise
                 aside = self._folder / f"damaged-{step}"
                 shutil.rmtree(aside, ignore_errors=True)
                 self.path(step).rename(aside)
@@ -107,13 +108,18 @@ def _digests(path: Path) -> dict[str, str]:
     return digests
 
 
-def _check_files(path: Path):
-    # Killed between a checkpoint's last file and this one, a run leaves a checkpoint that can only be tried.
-    if (path / _DIGESTS).exists():
-        was, now = json.loads((path / _DIGESTS).read_text()), _digests(path)
-        for name in was:
-            if was[name] != now.get(name):
-                raise DamagedError(f"{name} is {'changed' if name in now else 'missing'}")
+def _check_files(path: Path) -> bool:
+    """Whether a checkpoint's files are known to be those that were written; DamagedError if they are not.
+
+    A run killed between the last of them and their digests leaves a checkpoint that can only be tried.
+    """
+    if not (path / _DIGESTS).exists():
+        return False
+    was, now = json.loads((path / _DIGESTS).read_text()), _digests(path)
+    for name in was:
+        if was[name] != now.get(name):
+            raise DamagedError(f"{name} is {'changed' if name in now else 'missing'}")
+    return True
 
 
 def _first_line(error: Exception) -> str:
@@ -145,12 +151,13 @@ def load_params(folder: Path, step: int, abstract: TrainState):
       ConfigError: the checkpoint is damaged, or its arrays have other shapes.
     """
     path = folder / "checkpoints" / str(step)
+    intact = False
     try:
-        _check_files(path)
+        intact = _check_files(path)
         _check_shapes(ocp.metadata(path, checkpointable_name="state").metadata["params"], abstract.params, path)
         partial = jax.tree.map(lambda _: ocp.PLACEHOLDER, abstract)._replace(params=abstract.params)
         return ocp.load(path, partial, checkpointable_name="state").params
-    except ConfigError:
-        raise
     except Exception as error:
+        if intact or isinstance(error, ConfigError):
+            raise
         raise ConfigError(f"checkpoint {path} is damaged ({_first_line(error)}); try another of the run") from None

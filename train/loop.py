@@ -123,10 +123,9 @@ def train(config: Config, folder: Path, preset: str) -> int:
             progress.print(f"stopped by {name}; saved {saved}; continue with the same flags and --run-dir {folder}")
             return 128 + stop.number
         loss, tokens = evaluate(state.params)
-        if {"step": config.steps, "validation_loss": loss} not in read_metrics(
-            folder
-        ):  # else trained to the end before
-            writer.write(config.steps, validation_loss=loss)
+        final = {"step": config.steps, "validation_loss": loss}
+        if final not in read_metrics(folder):  # a run that was finished before has it
+            writer.write(**final)
         save_loss_curve(folder)
         text = sample(model, state.params, corpus.tokenizer, config.seq_len, config.prompt, _SAMPLE_TOKENS, Sampling())
         progress.print(f"\n{config.prompt}{''.join(text)}\n")

@@ -127,6 +127,8 @@ def test_damaged_newest_checkpoint_is_named_and_the_one_before_used(
             path.unlink()
     else:
         shutil.rmtree(newest / "data")
+    with pytest.raises(ConfigError, match=r"checkpoints/20 is damaged .*; try another of the run"):
+        evaluate.main([str(folder)])
     assert run_training(config, folder, "tiny") == 0
     printed = capsys.readouterr().out
     assert f"checkpoint {newest} is damaged" in printed and "using that of step 15" in printed
