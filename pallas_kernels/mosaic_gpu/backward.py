@@ -18,23 +18,24 @@ GROUPS = 2
 
 
 def backward(
-    query, probe, key, value, mask, out, v_mean, lse, t_mean, dout, *, scale, block_k=64, row_stages=2, column_stages=2, interpret=False
+    query, probe, key, value, mask, out, v_mean, lse, t_mean, dout, *, scale, block_k=64, row_stages=2, column_stages=2, interpret=False, row_policy='s2', column_policy='s2'
 ):
     num_queries, num_keys = query.shape[1], key.shape[1]
     key, value = common.Masks(mask, num_queries, num_keys, block_k).hide_padding(key, value)
-    query, probe, key, value, dout, out, v_mean = common.pad_rows(query, probe, key, value, dout, out, v_mean)
+    query, probe, key, value, dout = common.pad_rows(query, probe, key, value, dout)
+    out, v_mean = common.pad_rows(out, v_mean, multiple=ROWS * GROUPS)
     pad = ((0, 0), (0, 0), (0, -num_queries % (ROWS * GROUPS)))
     lse = jnp.pad(lse, pad, constant_values=jnp.inf)  # rows past T get p = 0
     t_mean = jnp.pad(t_mean, pad)
     static = dict(num_queries=num_queries, num_keys=num_keys, scale=scale, interpret=interpret)
     dq, dr, stats = _rows(
-        query, probe, key, value, dout, out, v_mean, lse, t_mean, mask, **static, block_k=block_k, stages=row_stages
+        query, probe, key, value, dout, out, v_mean, lse, t_mean, mask, **static, block_k=block_k, stages=row_stages, policy=row_policy
     )
-    dk, dv = _columns(query, probe, key, value, dout, stats, mask, **static, block_q=64, stages=column_stages)
+    dk, dv = _columns(query, probe, key, value, dout, stats, mask, **static, block_q=64, stages=column_stages, policy=column_policy)
     return dq[:, :num_queries], dr[:, :num_queries], dk[:, :num_keys], dv[:, :num_keys]
 
 
-def _rows(query, probe, key, value, dout, out, v_mean, lse, t_mean, mask, *, num_queries, num_keys, scale, block_k, stages, interpret):
+def _rows(query, probe, key, value, dout, out, v_mean, lse, t_mean, mask, *, num_queries, num_keys, scale, block_k, stages, interpret, policy='s2'):
     """Returns (dquery, dprobe) and the rows' statistics for the other pass: (B, N, 4, T'), T' is T in whole blocks."""
     batch, _, heads, head_dim = query.shape
     kv_heads = key.shape[2]
@@ -75,8 +76,9 @@ def _rows(query, probe, key, value, dout, out, v_mean, lse, t_mean, mask, *, num
                 for ready, free in ((s.k_ready, s.k_free), (s.v_ready, s.v_free)):
                     plgpu.barrier_wait(ready.at[slot(j)])
                     plgpu.barrier_arrive(free.at[slot(j)])
-                plgpu.barrier_wait(s.turn.at[group])
-                plgpu.barrier_arrive(s.turn.at[1 - group])
+                if policy != "none":
+                    plgpu.barrier_wait(s.turn.at[group])
+                    plgpu.barrier_arrive(s.turn.at[1 - group])
 
             lax.fori_loop(first, own.first, skip, None)
             plgpu.barrier_wait(s.rows_ready.at[group])
@@ -118,15 +120,19 @@ def _rows(query, probe, key, value, dout, out, v_mean, lse, t_mean, mask, *, num
                     w = tiles.combined_weights(p, t2, t_mean)
                     ds1, ds2 = tiles.score_gradients(p, w, x, tau, beta)
                     ds1, ds2 = lax.optimization_barrier((ds1.astype(dtype), ds2.astype(dtype)))
-                    plgpu.barrier_wait(s.turn.at[group])
+                    if policy != "none":
+                        plgpu.barrier_wait(s.turn.at[group])
                     common.add_product(dq, ds1, s.k.at[slot(j)], interpret)
                     common.add_product(dr, ds2, s.k.at[slot(j)], interpret)
                     between()
-                    plgpu.barrier_arrive(s.turn.at[1 - group])
+                    if policy == "s2":
+                        plgpu.barrier_arrive(s.turn.at[1 - group])
 
                 def body(j, carry, masked):
                     def keys_done():
                         plgpu.wgmma_wait(1)
+                        if policy == "pv":
+                            plgpu.barrier_arrive(s.turn.at[1 - group])
                         plgpu.barrier_arrive(s.k_free.at[slot(j - 1)])
 
                     add_keys(j - 1, carry, lambda: scores(j, keys_done))
@@ -136,7 +142,7 @@ def _rows(query, probe, key, value, dout, out, v_mean, lse, t_mean, mask, *, num
                 carry = weights(own.first, True)
                 for start, stop, masked in common.phases(own, masks.can_start_masked):
                     carry = lax.fori_loop(start, stop, functools.partial(body, masked=masked), carry)
-                add_keys(own.last - 1, carry, lambda: None)
+                add_keys(own.last - 1, carry, lambda: policy == "pv" and plgpu.barrier_arrive(s.turn.at[1 - group]))
                 dq, dr = [plgpu.wgmma_accumulator_load(x, wait_n=0) for x in (dq, dr)]
                 plgpu.barrier_arrive(s.k_free.at[slot(own.last - 1)])
                 return dq, dr
@@ -150,7 +156,7 @@ def _rows(query, probe, key, value, dout, out, v_mean, lse, t_mean, mask, *, num
             plgpu.copy_smem_to_gmem(q, dq_ref.at[batch_index, rows, head])
             plgpu.copy_smem_to_gmem(r, dr_ref.at[batch_index, rows, head])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            pl.when(group == 0)(lambda: plgpu.barrier_wait(s.turn.at[0]))
+            policy != 'none' and pl.when(group == 0)(lambda: plgpu.barrier_wait(s.turn.at[0]))
 
         @pl.when(group == GROUPS)
         def _memory():
@@ -202,7 +208,7 @@ def _rows(query, probe, key, value, dout, out, v_mean, lse, t_mean, mask, *, num
     )(query, probe, key, value, dout, out, v_mean, lse, t_mean, *masks.arrays)
 
 
-def _columns(query, probe, key, value, dout, stats, mask, *, num_queries, num_keys, scale, block_q, stages, interpret):
+def _columns(query, probe, key, value, dout, stats, mask, *, num_queries, num_keys, scale, block_q, stages, interpret, policy='s2'):
     """Returns (dkey, dvalue), summed over the query heads that share a key."""
     batch, _, heads, head_dim = query.shape
     kv_heads = key.shape[2]
@@ -247,8 +253,9 @@ def _columns(query, probe, key, value, dout, stats, mask, *, num_queries, num_ke
                     def skip(j, _):
                         plgpu.barrier_wait(s.ready.at[slot(j)])
                         plgpu.barrier_arrive(s.free.at[slot(j)])
-                        plgpu.barrier_wait(s.turn.at[group])
-                        plgpu.barrier_arrive(s.turn.at[1 - group])
+                        if policy != "none":
+                            plgpu.barrier_wait(s.turn.at[group])
+                            plgpu.barrier_arrive(s.turn.at[1 - group])
 
                     def scores(j, between):
                         plgpu.barrier_wait(s.ready.at[slot(j)])
@@ -275,15 +282,19 @@ def _columns(query, probe, key, value, dout, stats, mask, *, num_queries, num_ke
                         p, w = p.astype(jnp.float32), w.astype(jnp.float32)
                         ds1, ds2 = tiles.score_gradients(p, w, x, stat(j, 2), stat(j, 3), key_axis=0)
                         ds1, ds2 = lax.optimization_barrier(((ds1 * scale).astype(dtype), ds2.astype(dtype)))
-                        plgpu.barrier_wait(s.turn.at[group])
+                        if policy != "none":
+                            plgpu.barrier_wait(s.turn.at[group])
                         common.add_product(dk, ds1, s.q.at[slot(j)], interpret)
                         common.add_product(dk, ds2, s.r.at[slot(j)], interpret)
                         between()
-                        plgpu.barrier_arrive(s.turn.at[1 - group])
+                        if policy == "s2":
+                            plgpu.barrier_arrive(s.turn.at[1 - group])
 
                     def body(j, carry, masked):
                         def rows_done():
                             plgpu.wgmma_wait(1)
+                            if policy == "pv":
+                                plgpu.barrier_arrive(s.turn.at[1 - group])
                             plgpu.barrier_arrive(s.free.at[slot(j - 1)])
 
                         add_rows(j - 1, carry, lambda: scores(j, rows_done))
@@ -291,6 +302,8 @@ def _columns(query, probe, key, value, dout, stats, mask, *, num_queries, num_ke
 
                     def final():
                         plgpu.wgmma_wait(0)
+                        if policy == "pv":
+                            plgpu.barrier_arrive(s.turn.at[1 - group])
                         plgpu.barrier_arrive(s.free.at[slot(own.last - 1)])
 
                     lax.fori_loop(first, own.first, skip, None)
@@ -312,7 +325,7 @@ def _columns(query, probe, key, value, dout, stats, mask, *, num_queries, num_ke
             plgpu.copy_smem_to_gmem(k, dk_ref.at[batch_index, keys, kv_head])
             plgpu.copy_smem_to_gmem(v, dv_ref.at[batch_index, keys, kv_head])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            pl.when(group == 0)(lambda: plgpu.barrier_wait(s.turn.at[0]))
+            policy != 'none' and pl.when(group == 0)(lambda: plgpu.barrier_wait(s.turn.at[0]))
 
         @pl.when(group == GROUPS)
         def _memory():

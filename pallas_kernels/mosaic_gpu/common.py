@@ -81,9 +81,9 @@ def indices(shape: tuple[int, int], axis: int) -> jax.Array:
     return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
 
 
-def pad_rows(*arrays: jax.Array) -> list[jax.Array]:
-    """Pads axis 1 with zeros to a multiple of 8, the rows of a swizzled tile in memory; often there is nothing to do."""
-    return [jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, 0))) for x in arrays]
+def pad_rows(*arrays: jax.Array, multiple: int = 8) -> list[jax.Array]:
+    """Pads axis 1 with zeros, by default to whole rows of a swizzled tile in memory; often there is nothing to do."""
+    return [jnp.pad(x, ((0, 0), (0, -x.shape[1] % multiple), (0, 0), (0, 0))) for x in arrays]
 
 
 def phases(own: blocks.Bounds, can_start_masked: bool) -> list[tuple[jax.Array, jax.Array, bool]]:

@@ -16,7 +16,7 @@ from pallas_kernels.mosaic_gpu.common import ROWS
 GROUPS = 2
 
 
-def forward(query, probe, key, value, mask, *, scale, block_k=64, stages=2, lane=False, init=True, late=False, early_scale=True, interpret=False):
+def forward(query, probe, key, value, mask, *, scale, block_k=64, stages=2, lane=False, init=True, late='s2', early_scale=True, interpret=False):
     batch, num_queries, heads, head_dim = query.shape
     num_keys, kv_heads, value_dim = value.shape[1:]
     dtype = query.dtype
@@ -68,8 +68,9 @@ def forward(query, probe, key, value, mask, *, scale, block_k=64, stages=2, lane
                 for ready, free in ((k_ready, k_free), (v_ready, v_free)):
                     plgpu.barrier_wait(ready.at[slot(j)])
                     plgpu.barrier_arrive(free.at[slot(j)])
-                plgpu.barrier_wait(turn.at[group])
-                plgpu.barrier_arrive(turn.at[1 - group])
+                if late != "none":
+                    plgpu.barrier_wait(turn.at[group])
+                    plgpu.barrier_arrive(turn.at[1 - group])
 
             def attend(o1, o2, s1, s2):
                 def scores(j, centre, between):
@@ -87,7 +88,7 @@ def forward(query, probe, key, value, mask, *, scale, block_k=64, stages=2, lane
                 def weights(j, m, d1, masked):
                     visible = masks.visible(mask_refs, batch_index, rows.start, j * block_k, (ROWS, block_k)) if masked else None
                     t1 = plgpu.wgmma_accumulator_load(s1, wait_n=1)
-                    if late:
+                    if late == "s1":
                         plgpu.barrier_arrive(turn.at[1 - group])
                     m, a, p = tiles.softmax_weights(m, lax.optimization_barrier(t1), c, visible)
                     return m, a, tiles.spread(a, d1) * d1 + common.column_sums(p), p
@@ -109,7 +110,8 @@ def forward(query, probe, key, value, mask, *, scale, block_k=64, stages=2, lane
                         rescale(a)
                     p, p2, d2 = lax.optimization_barrier((p.astype(dtype), p2.astype(dtype), d2))
                     plgpu.barrier_wait(v_ready.at[slot(j)])
-                    plgpu.barrier_wait(turn.at[group])
+                    if late != "none":
+                        plgpu.barrier_wait(turn.at[group])
                     common.add_product(o1, p, v_smem.at[slot(j)], interpret)
                     common.add_product(o2, p2, v_smem.at[slot(j)], interpret)
                     between()
@@ -117,12 +119,16 @@ def forward(query, probe, key, value, mask, *, scale, block_k=64, stages=2, lane
 
                 def body(j, carry, masked):
                     def values_done():
+                        if late == "issue":
+                            plgpu.barrier_arrive(turn.at[1 - group])
                         plgpu.wgmma_wait(1)
+                        if late == "pv":
+                            plgpu.barrier_arrive(turn.at[1 - group])
                         plgpu.barrier_arrive(v_free.at[slot(j - 1)])
 
                     m, a, d1, d2, p, centre = carry
                     d2 = add_values(j - 1, (a, d2, p, centre), lambda: scores(j, centre, values_done))
-                    if not late:
+                    if late == "s2":
                         plgpu.barrier_arrive(turn.at[1 - group])
                     m, a, d1, p = weights(j, m, d1, masked)
                     if early_scale:
@@ -130,9 +136,10 @@ def forward(query, probe, key, value, mask, *, scale, block_k=64, stages=2, lane
                     return m, a, d1, d2, p, centre
 
                 sums = common.full_tile((ROWS, 8))
-                plgpu.barrier_wait(turn.at[group])
+                if late != "none":
+                    plgpu.barrier_wait(turn.at[group])
                 scores(own.first, None, lambda: None)
-                if not late:
+                if late not in ("s1", "none"):
                     plgpu.barrier_arrive(turn.at[1 - group])
                 m, a, d1, p = weights(own.first, common.full_rows(-jnp.inf), sums, True)
                 t2 = lax.optimization_barrier(plgpu.wgmma_accumulator_load(s2, wait_n=0))
@@ -145,7 +152,8 @@ def forward(query, probe, key, value, mask, *, scale, block_k=64, stages=2, lane
                     carry = lax.fori_loop(start, stop, functools.partial(body, masked=masked), carry)
                 m, a, d1, d2, p, centre = carry
                 d2 = add_values(own.last - 1, (a, d2, p, centre), lambda: None)
-                plgpu.barrier_arrive(turn.at[1 - group])
+                if late != "none":
+                    plgpu.barrier_arrive(turn.at[1 - group])
                 o1, o2 = [plgpu.wgmma_accumulator_load(o, wait_n=0) for o in (o1, o2)]
                 plgpu.barrier_arrive(v_free.at[slot(own.last - 1)])
                 return tiles.from_fixed_centre(m, jnp.sum(d1, axis=-1), jnp.sum(d2, axis=-1), o1, o2, centre)
@@ -165,7 +173,7 @@ def forward(query, probe, key, value, mask, *, scale, block_k=64, stages=2, lane
             plgpu.copy_smem_to_gmem(stat_smem.at[group, 0], lse_ref.at[batch_index, head, rows])
             plgpu.copy_smem_to_gmem(stat_smem.at[group, 1], t_mean_ref.at[batch_index, head, rows])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            pl.when(group == 0)(lambda: plgpu.barrier_wait(turn.at[0]))
+            late != 'none' and pl.when(group == 0)(lambda: plgpu.barrier_wait(turn.at[0]))
 
         @pl.when(group == GROUPS)
         def _memory():
