@@ -1,12 +1,20 @@
 """Every implementation of decode, and the errors."""
 
+import functools
+import re
+import warnings
+
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from pallas_kernels.block_sizes import TritonDecodeBlockSizes, XlaBlockSizes
 from parallax_jax import parallax_decode
 from tests.decode_conformance import CASES, DecodeConformance, draw
+
+pytestmark = pytest.mark.filterwarnings("ignore:implementation 'triton' rests on:FutureWarning")
+H100 = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu"))
 
 
 class TestReference(DecodeConformance):
@@ -21,6 +29,24 @@ class TestXla(DecodeConformance):
 class TestTriton(DecodeConformance):
     implementation = "triton"
     block_sizes = tuple(TritonDecodeBlockSizes(*sizes, 2, 2) for sizes in ((16, 1), (32, 2), (16, 8)))
+
+
+@pytest.mark.parametrize(("batch", "page_size", "kernels"), [(64, None, 1), (2, None, 2), (2, 64, 2)])
+def test_a_gpu_runs_nothing_but_the_kernels(batch, page_size, kernels):
+    """No pad, no sum of lengths, no transpose: at a few microseconds a call each would show."""
+    shape = jax.ShapeDtypeStruct
+    rows = shape((batch, 2, 12, 100), jnp.bfloat16)
+    cache = shape((batch, 1000, 4, 100) if page_size is None else (99, page_size, 4, 100), jnp.bfloat16)
+    table = None if page_size is None else shape((batch, 32), jnp.int32)
+    call = functools.partial(parallax_decode, local_window_size=300)
+    arguments = (rows, rows, cache, cache, shape((batch,), jnp.int32))
+    with jax.sharding.use_abstract_mesh(H100), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        traced = jax.jit(lambda table, *x: call(*x, page_table=table)).trace(table, *arguments)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    operations = set(re.findall(r"= stablehlo\.(\w+)", text)) - {"constant"}
+    assert operations == {"custom_call"}
+    assert text.count("__gpu$xla.gpu.triton") == kernels
 
 
 def operands(**changes):

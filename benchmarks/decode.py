@@ -1,0 +1,255 @@
+"""Decode timings beside every peer that is installed: `python -m benchmarks.decode [SET ...] [--json PATH]`.
+
+Sums of GPU kernel times by CUPTI, all in one process on one GPU. Peers: the published CuTe and Triton kernels of
+Parallax (parallax-kernel), and softmax decode by cuDNN (jax.nn) and FlashAttention-3 (flash-attn3-jax), the best of
+its split counts. A ratio above 1 says that the peer takes longer.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory too
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.timing import jax_kernels, torch_kernels
+from pallas_kernels.block_sizes import TritonDecodeBlockSizes
+from parallax_jax import parallax_decode
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """One new token for each of `batch` sequences of `length` keys."""
+
+    batch: int
+    length: int
+    heads: int = 8
+    kv_heads: int = 8
+    head_dim: int = 128
+    page_size: int | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Keys and values, bfloat16."""
+        return 4 * self.batch * self.length * self.kv_heads * self.head_dim
+
+    def __str__(self):
+        page = f" page {self.page_size}" if self.page_size else ""
+        return f"B {self.batch} L {self.length} heads {self.heads}:{self.kv_heads} D {self.head_dim}{page}"
+
+
+def paper_grid() -> list[Shape]:
+    """The paper's grid, one kv head a row: batch x heads 1 to 2048, context 128 to 32768, D 64 and 128."""
+    rows, lengths = [2**i for i in range(12)], [2**i for i in range(7, 16)]
+    return [
+        Shape(max(1, r // 8), length, min(r, 8), min(r, 8), d)
+        for d, length, r in itertools.product((64, 128), lengths, rows)
+    ]
+
+
+SETS = {
+    "main": [Shape(b, length) for b in (1, 32) for length in (512, 1024, 4096, 16384)],
+    "gqa": [Shape(32, 4096, h, k) for h, k in ((8, 8), (32, 8), (16, 8), (64, 8), (8, 1))],
+    "paged": [Shape(32, 4096, page_size=p) for p in (None, 16, 64, 256)]
+    + [Shape(1, 16384, page_size=p) for p in (None, 64)],
+    "long": [Shape(1, 131072), Shape(4, 131072), Shape(8, 65536)],
+    "paper": paper_grid(),
+}
+
+
+def draw(shape: Shape):
+    """Operands of `parallax_decode` as jax arrays, standard normal bfloat16."""
+    rows = (shape.batch, 1, shape.heads, shape.head_dim)
+    if shape.page_size is None:
+        cache, table = (shape.batch, shape.length, shape.kv_heads, shape.head_dim), None
+    else:
+        pages = shape.length // shape.page_size
+        cache = (shape.batch * pages, shape.page_size, shape.kv_heads, shape.head_dim)
+        order = jax.random.permutation(jax.random.key(1), shape.batch * pages)
+        table = order.astype(jnp.int32).reshape(shape.batch, pages)
+    keys = jax.random.split(jax.random.key(0), 4)
+    operands = [jax.random.normal(k, s, jnp.bfloat16) for k, s in zip(keys, (rows, rows, cache, cache), strict=True)]
+    return operands, jnp.full(shape.batch, shape.length, jnp.int32), table
+
+
+def ours(shape: Shape, block_sizes=None, implementation="triton"):
+    """The function to time and its arguments."""
+    operands, lengths, table = draw(shape)
+    call = functools.partial(parallax_decode, page_table=table, implementation=implementation, block_sizes=block_sizes)
+    return call, (*operands, lengths)
+
+
+def cudnn(shape: Shape):
+    """Softmax decode by cuDNN."""
+    (query, _, key, value), _, _ = draw(shape)
+    return jax_kernels(functools.partial(jax.nn.dot_product_attention, implementation="cudnn"), query, key, value)
+
+
+def flash_attention_3(shape: Shape):
+    """Softmax decode by FlashAttention-3, the fastest of its split counts."""
+    from flash_attn3_jax import flash_mha_with_kvcache
+
+    if shape.head_dim != 128:
+        raise NotImplementedError("128 only")
+    (query, _, key, value), lengths, _ = draw(shape)
+    call = lambda splits: functools.partial(flash_mha_with_kvcache, cache_seqlens=lengths, num_splits=splits)
+    splits = [s for s in (1, 2, 4, 8, 16, 32) if s == 1 or (shape.length // s >= 128 and s * shape.batch < 256)]
+    return min((jax_kernels(call(s), query, key, value) for s in splits), key=lambda result: result[0])
+
+
+def torch_operands(shape: Shape):
+    """Operands as torch tensors."""
+    import torch
+
+    normal = functools.partial(torch.randn, device="cuda", dtype=torch.bfloat16)
+    rows = (shape.batch, 1, shape.heads, shape.head_dim)
+    cache = (shape.batch, shape.length, shape.kv_heads, shape.head_dim)
+    return normal(*rows), normal(*rows), normal(*cache), normal(*cache)
+
+
+def published_cute(shape: Shape):
+    """The published CuTe kernel, Hopper."""
+    import parallax.cute
+
+    # The package rebinds the module's name to a function.
+    module = sys.modules[f"{parallax.cute.__name__}.parallax_decode"]
+    operands = torch_operands(shape)
+    return torch_kernels(lambda: module.parallax_attn_with_kvcache(*operands))
+
+
+def published_triton(shape: Shape):
+    """The published Triton kernel."""
+    from parallax.triton import parallax_decode as published
+
+    operands = torch_operands(shape)
+    return torch_kernels(lambda: published(*operands))
+
+
+PEERS = {
+    "cute": published_cute,
+    "published_triton": published_triton,
+    "cudnn": cudnn,
+    "fa3": flash_attention_3,
+}
+
+
+def read_bandwidth() -> float:
+    """Bytes per second of a read-only pass over 4 GiB."""
+    x = jnp.ones((1 << 31,), jnp.bfloat16)
+    time, _ = jax_kernels(lambda x: jnp.max(x), x, iterations=5)
+    return x.nbytes / time * 1e6
+
+
+def check(shape: Shape) -> float:
+    """Relative Frobenius error against the blockwise implementation."""
+    (call, args), (reference, _) = ours(shape), ours(shape, implementation="xla")
+    difference = lambda *a: (call(*a).astype(jnp.float32), reference(*a).astype(jnp.float32))
+    x, y = jax.jit(difference)(*args)
+    return float(jnp.linalg.norm(x - y) / jnp.linalg.norm(y))
+
+
+def bench(shape: Shape, peers: list[str], bandwidth: float) -> dict:
+    """One row of the table: times in us, ratios, error."""
+    call, args = ours(shape)
+    time, kernels = jax_kernels(call, *args)
+    row = {"shape": str(shape), **dataclasses.asdict(shape), "us": time, "kernels": kernels}
+    row |= {"error": check(shape), "bandwidth_share": shape.bytes / time * 1e6 / bandwidth}
+    for name in peers:
+        if shape.page_size is not None:
+            continue
+        try:
+            row[name], _ = PEERS[name](shape)
+        except Exception as error:  # a peer that cannot run this shape costs its column, not the table
+            row[f"{name}_failed"] = repr(error)[:200]
+    return row
+
+
+def show(row: dict) -> None:
+    """Prints a row."""
+    peers = [f"{name} {row[name]:.2f} ({row[name] / row['us']:.2f}x)" for name in PEERS if name in row]
+    failed = [f"{name} failed: {row[f'{name}_failed'][:60]}" for name in PEERS if f"{name}_failed" in row]
+    share = f"{100 * row['bandwidth_share']:.0f} % of read bandwidth"
+    print(f"{row['shape']:36} {row['us']:9.2f} us  {share}  error {row['error']:.1e}  ", *peers, *failed, flush=True)
+
+
+def sweep(shape: Shape, keep: int = 6) -> list[tuple[float, TritonDecodeBlockSizes]]:
+    """Times block sizes and prints the best."""
+    programs = shape.batch * shape.kv_heads
+    splits = [s for s in (1, 2, 4, 8, 16, 32, 64) if 64 <= programs * s <= 2048 and shape.length // s >= 32]
+    candidates = [
+        TritonDecodeBlockSizes(block_k, s, warps, stages)
+        for block_k, s, warps, stages in itertools.product((16, 32, 64, 128), splits, (1, 2, 4), (2, 3, 4, 5))
+        if block_k * shape.head_dim * 4 * stages <= 200_000 and block_k * s <= shape.length and block_k * warps <= 256
+    ]
+    call, args = ours(shape)
+
+    def compiled(sizes):
+        with contextlib.suppress(Exception):
+            return jax.jit(functools.partial(call, block_sizes=sizes)).lower(*args).compile()
+
+    with ThreadPoolExecutor(12) as pool:
+        functions = list(pool.map(compiled, candidates))
+    times = []
+    for sizes, function in zip(candidates, functions, strict=True):
+        if function is not None:
+            times.append((jax_kernels_compiled(function, args), sizes))
+    times.sort(key=lambda pair: pair[0])
+    for time, sizes in times[:keep]:
+        print(f"  {shape}: {time:8.2f} us  {sizes}", flush=True)
+    return times
+
+
+def jax_kernels_compiled(function, args) -> float:
+    from jax.experimental.mosaic.gpu import profiler
+
+    _, runs = profiler.measure(function, aggregate=True, iterations=8)(*args)
+    return 1e3 * sorted(runs)[len(runs) // 2]
+
+
+def main() -> None:
+    """Runs the sets named on the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sets", nargs="*", default=["main"], help=f"of {', '.join(SETS)}")
+    parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS), help="which peers to time")
+    parser.add_argument("--sweep", action="store_true", help="time block sizes instead")
+    parser.add_argument("--json", help="write the rows here")
+    args = parser.parse_args()
+    unknown = set(args.sets) - set(SETS)
+    if unknown:
+        parser.error(f"unknown set {unknown.pop()!r}, choose from {', '.join(SETS)}")
+    shapes = list(itertools.chain.from_iterable(SETS[name] for name in args.sets))
+    if args.sweep:
+        for shape in shapes:
+            sweep(shape)
+        return
+    bandwidth = read_bandwidth()
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, read bandwidth {bandwidth / 1e12:.2f} TB/s")
+    rows = []
+    for shape in shapes:
+        rows.append(bench(shape, args.peers, bandwidth))
+        show(rows[-1])
+    for name in PEERS:
+        ratios = [row[name] / row["us"] for row in rows if name in row]
+        if ratios:
+            mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+            at_least = sum(ratio >= 1 for ratio in ratios) / len(ratios)
+            print(
+                f"{name}: geometric mean {mean:.2f}x over {len(ratios)} shapes, {100 * at_least:.0f} % at 1.0 or more"
+            )
+    if args.json:
+        record = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "read_bandwidth": bandwidth}
+        with open(args.json, "w") as file:
+            json.dump({**record, "rows": rows}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
