@@ -7,8 +7,8 @@ config = Config(
     model=ModelConfig(vocab_size=257, num_layers=4, width=128, num_heads=4, num_kv_heads=2, head_dim=32, mlp_width=448),
     optimizer=OptimizerConfig(learning_rate=0.02, decay_fraction=0.5, weight_decay=0.01),
     seq_len=256,
-    batch_size=24,
-    steps=180,
-    eval_interval=60,
-    checkpoint_interval=60,
+    batch_size=12,
+    steps=240,
+    eval_interval=80,
+    checkpoint_interval=80,
 )
