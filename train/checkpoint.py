@@ -150,11 +150,12 @@ def load_params(folder: Path, step: int, abstract: TrainState):
     Raises:
       ConfigError: the checkpoint is damaged, or its arrays have other shapes.
     """
-    path = folder / "checkpoints" / str(step)
+    path = folder.resolve() / "checkpoints" / str(step)
     intact = False
     try:
         intact = _check_files(path)
-        _check_shapes(ocp.metadata(path, checkpointable_name="state").metadata["params"], abstract.params, path)
+        saved = ocp.metadata(path, checkpointable_name="state").metadata
+        _check_shapes(saved and saved["params"], abstract.params, path)
         partial = jax.tree.map(lambda _: ocp.PLACEHOLDER, abstract)._replace(params=abstract.params)
         return ocp.load(path, partial, checkpointable_name="state").params
     except Exception as error:

@@ -50,7 +50,7 @@ def test_evaluate_prints_the_loss_that_training_ended_with(finished_run, capsys)
     printed = capsys.readouterr().out
     final = read_metrics(finished_run)[-1]["validation_loss"]
     assert f"validation loss {final:.6f} nats/token" in printed and f"perplexity {np.exp(final):.4f}" in printed
-    evaluate.main([str(finished_run / "checkpoints" / "10")])
+    evaluate.main([os.path.relpath(finished_run / "checkpoints" / "10")])
     assert capsys.readouterr().out != printed
 
 
