@@ -135,7 +135,7 @@ def stream(
     for left in reversed(range(max_new_tokens)):
         ahead = (token, done)
         if left:
-            token, done, cache = _step(config, sampling, params, cache, token, done, keys, stop)
+            token, done, cache = decode_step(config, sampling, params, cache, token, done, keys, stop)
         yield np.asarray(ahead[0])
         if np.asarray(ahead[1]).all():
             return
@@ -158,7 +158,7 @@ def _first(config, sampling, params, last, lengths, keys, stop):
 
 
 @functools.partial(jax.jit, static_argnames=("config", "sampling"), donate_argnames="cache")
-def _step(config, sampling, params, cache, token, done, keys, stop):
+def decode_step(config, sampling, params, cache, token, done, keys, stop):
     """Reads the last token of each sequence that goes on and draws the next."""
     num_new = 1 - done.astype(jnp.int32)
     tokens = jnp.maximum(token, 0)[:, None]

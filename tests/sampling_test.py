@@ -88,9 +88,9 @@ def test_stop_tokens_end_a_sequence_and_the_run(params):
 
 def test_one_compilation_for_the_whole_run(params):
     config = dataclasses.replace(CONFIG, norm_eps=2e-6)  # not compiled before
-    before = sampling._step._cache_size(), sampling._prefill._cache_size()
+    before = sampling.decode_step._cache_size(), sampling._prefill._cache_size()
     assert len(list(stream(config, params, PROMPTS, max_new_tokens=20, prefill_chunk=4))) == 20
-    assert (sampling._step._cache_size(), sampling._prefill._cache_size()) == (before[0] + 1, before[1] + 1)
+    assert (sampling.decode_step._cache_size(), sampling._prefill._cache_size()) == (before[0] + 1, before[1] + 1)
 
 
 def kept(logits, **options):

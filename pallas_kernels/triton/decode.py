@@ -112,12 +112,14 @@ def _kernel(q_ref, r_ref, k_ref, v_ref, mask, pages_ref, *out_refs, config, scal
     share, _ = _divmod(bounds.last - bounds.first + config.num_splits - 1, config.num_splits)
     start = bounds.first + split * share
 
-    def step(j, state):
+    def page_of(j):
+        page, _ = _divmod(j * config.block_k, page_size)
+        return jnp.clip(pages_ref[b, jnp.minimum(page, pages_ref.shape[1] - 1)], 0, num_pages - 1)
+
+    def step(j, carry):
         key = j * config.block_k
-        sequence, local = b, key
-        if pages_ref is not None:
-            page, local = _divmod(key, page_size)
-            sequence = jnp.clip(pages_ref[b, page], 0, num_pages - 1)
+        sequence, state = carry
+        local = key if pages_ref is None else _divmod(key, page_size)[1]
         limit = end - key + local
         k = common.load_rows(k_ref, sequence, local, config.block_k, kv, limit).T
         v = common.load_rows(v_ref, sequence, local, config.block_k, kv, limit)
@@ -130,10 +132,13 @@ def _kernel(q_ref, r_ref, k_ref, v_ref, mask, pages_ref, *out_refs, config, scal
         )
         s1, s2 = common.dot(q, k, precision), common.dot(r, k, precision)
         times_value = lambda p: common.dot(p.astype(v.dtype), v, precision)
-        return tiles.update(state, s1, s2, scale * tiles.LOG2_E, visible, times_value)
+        # The next page is looked up a tile ahead: loads that wait for a load cannot be pipelined.
+        sequence = b if pages_ref is None else page_of(j + 1)
+        return sequence, tiles.update(state, s1, s2, scale * tiles.LOG2_E, visible, times_value)
 
     state = tiles.initial_state((rows.size,), common.padded(value_dim))
-    state = lax.fori_loop(start, jnp.minimum(start + share, bounds.last), step, state)
+    first = b if pages_ref is None else page_of(start)
+    _, state = lax.fori_loop(start, jnp.minimum(start + share, bounds.last), step, (first, state))
 
     rows_v, tokens, heads, columns, inside = rows.spread(value_dim, row, token, head)
     if config.num_splits == 1:
