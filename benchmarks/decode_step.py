@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from benchmarks.decode import read_bandwidth
 from parallax_jax.cache import init_cache
 from parallax_jax.model import ModelConfig, TransformerLM
-from parallax_jax.sampling import Sampling, decode_step
+from parallax_jax.sampling import Draws, Sampling, decode_step
 
 PAPER = ModelConfig(151936, 28, 1024, 16, 8, 128, 3072, dtype="bfloat16", param_dtype="bfloat16", scan_layers=False)
 
@@ -32,11 +32,12 @@ def bench(config: ModelConfig, batch: int, context: int, bandwidth: float, steps
     cache = dataclasses.replace(cache, lengths=jnp.full(batch, context - 2 * steps, jnp.int32))
     step = functools.partial(decode_step, config, Sampling(temperature=0), params)
     keys = jax.random.split(jax.random.key(0), batch)
-    token, done, stop = jnp.ones(batch, jnp.int32), jnp.zeros(batch, bool), jnp.full(1, -1, jnp.int32)
+    draws = Draws(keys, jnp.full(1, -1, jnp.int32), jnp.int32(config.vocab_size))
+    token, done = jnp.ones(batch, jnp.int32), jnp.zeros(batch, bool)
     for _ in range(2):  # the first round compiles
         start = time.perf_counter()
         for _ in range(steps):
-            token, done, cache = step(cache, token, done, keys, stop)
+            token, done, cache = step(cache, token, done, draws)
         jax.block_until_ready(token)
         seconds = (time.perf_counter() - start) / steps
     weight_bytes = sum(x.nbytes for x in jax.tree.leaves(params))

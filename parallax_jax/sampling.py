@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -87,6 +88,7 @@ def stream(
     sampling: Sampling = Sampling(),
     stop_tokens: Sequence[int] = (),
     seed: int | Sequence[int] = 0,
+    vocab_size: int | None = None,
     cache: KVCache | None = None,
     prefill_chunk: int = 512,
 ) -> Iterator[np.ndarray]:
@@ -102,6 +104,7 @@ def stream(
       sampling: how a token is drawn.
       stop_tokens: a sequence ends with the first of these.
       seed: a seed for the batch, or one per prompt.
+      vocab_size: only ids below it are drawn, where the model's own is larger than the tokenizer's; None for all.
       cache: an empty cache to fill, which must not be used again; None for a contiguous one that fits.
       prefill_chunk: prompts are read in chunks of this many tokens.
 
@@ -131,14 +134,23 @@ def stream(
         num_new = np.clip(lengths - start, 0, chunk).astype(np.int32)
         last, cache = _prefill(config, params, cache, tokens[:, start : start + chunk], num_new, last)
     stop = jnp.asarray(list(stop_tokens) or [-1], jnp.int32)
-    token, done = _first(config, sampling, params, last, cache.lengths, keys, stop)
+    draws = Draws(keys, stop, jnp.int32(vocab_size or config.vocab_size))
+    token, done = _first(config, sampling, params, last, cache.lengths, draws)
     for left in reversed(range(max_new_tokens)):
         ahead = (token, done)
         if left:
-            token, done, cache = decode_step(config, sampling, params, cache, token, done, keys, stop)
+            token, done, cache = decode_step(config, sampling, params, cache, token, done, draws)
         yield np.asarray(ahead[0])
         if np.asarray(ahead[1]).all():
             return
+
+
+class Draws(NamedTuple):
+    """What every step draws by: a key per sequence, the ids that end it, and the number of ids that may come."""
+
+    keys: Key[Array, " B"]
+    stop: Int[Array, " N"]
+    vocab_size: Int[Array, ""]
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
@@ -152,25 +164,26 @@ def _prefill(config, params, cache, tokens, num_new, last):
 
 
 @functools.partial(jax.jit, static_argnames=("config", "sampling"))
-def _first(config, sampling, params, last, lengths, keys, stop):
+def _first(config, sampling, params, last, lengths, draws):
     logits = TransformerLM(config).apply({"params": params}, last, method="logits")
-    return _draw(logits, lengths, keys, jnp.zeros(lengths.shape, bool), stop, sampling)
+    return _draw(logits, lengths, jnp.zeros(lengths.shape, bool), draws, sampling)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "sampling"), donate_argnames="cache")
-def decode_step(config, sampling, params, cache, token, done, keys, stop):
+def decode_step(config, sampling, params, cache, token, done, draws: Draws):
     """Reads the last token of each sequence that goes on and draws the next."""
     num_new = 1 - done.astype(jnp.int32)
     tokens = jnp.maximum(token, 0)[:, None]
     logits, cache = TransformerLM(config).apply({"params": params}, tokens, cache=cache, num_new=num_new)
-    token, done = _draw(logits[:, 0], cache.lengths, keys, done, stop, sampling)
+    token, done = _draw(logits[:, 0], cache.lengths, done, draws, sampling)
     return token, done, cache
 
 
-def _draw(logits, lengths, keys, done, stop, sampling):
-    token = sample(logits, jax.vmap(jax.random.fold_in)(keys, lengths), sampling)
+def _draw(logits, lengths, done, draws, sampling):
+    logits = jnp.where(jnp.arange(logits.shape[-1]) < draws.vocab_size, logits, -jnp.inf)
+    token = sample(logits, jax.vmap(jax.random.fold_in)(draws.keys, lengths), sampling)
     token = jnp.where(done, -1, token)
-    return token, done | jnp.isin(token, stop)
+    return token, done | jnp.isin(token, draws.stop)
 
 
 def _check(config, prompts, max_new_tokens, seed, cache, prefill_chunk) -> tuple[np.ndarray, int]:

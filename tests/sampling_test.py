@@ -86,6 +86,11 @@ def test_stop_tokens_end_a_sequence_and_the_run(params):
     assert [int(s[0]) for s in steps] == free[0][: ends[0] + 1]
 
 
+def test_ids_over_the_vocabulary_never_come(params):
+    tokens = generate(CONFIG, params, PROMPTS, max_new_tokens=30, sampling=Sampling(temperature=3.0), vocab_size=10)
+    assert {t for row in tokens for t in row} == set(range(10))
+
+
 def test_one_compilation_for_the_whole_run(params):
     config = dataclasses.replace(CONFIG, norm_eps=2e-6)  # not compiled before
     before = sampling.decode_step._cache_size(), sampling._prefill._cache_size()

@@ -12,7 +12,7 @@ from train.checkpoint import Checkpoints
 from train.config import Config
 from train.data import batches, load_corpus
 from train.evaluate import Evaluator, describe
-from train.generate import Sampling, sample
+from train.generate import DEFAULT_SAMPLING, sample
 from train.metrics import MetricWriter, Progress, read_metrics, save_loss_curve
 from train.optimizer import learning_rate_schedule, make_optimizer
 from train.run import check_resumable, create_run, run_record
@@ -127,8 +127,9 @@ def train(config: Config, folder: Path, preset: str) -> int:
         if final not in read_metrics(folder):  # a run that was finished before has it
             writer.write(**final)
         save_loss_curve(folder)
-        text = sample(model, state.params, corpus.tokenizer, config.seq_len, config.prompt, _SAMPLE_TOKENS, Sampling())
-        progress.print(f"\n{config.prompt}{''.join(text)}\n")
+        options = (config.seq_len, (config.prompt,), _SAMPLE_TOKENS, DEFAULT_SAMPLING)
+        text = "".join(piece for (piece,) in sample(model, state.params, corpus.tokenizer, *options))
+        progress.print(f"\n{config.prompt}{text}\n")
         progress.print(describe(loss, tokens, corpus.record["validation"]))
         progress.print(f"checkpoint {saved}")
         return 0
