@@ -1,6 +1,9 @@
 """Block sizes: one frozen dataclass per backend, defaults from a tuned table per device, else from a heuristic."""
 
 import dataclasses
+import functools
+import importlib.resources
+import json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +46,9 @@ class TritonBlockSizes:
       columns: the backward pass over keys (dkey, dvalue).
     """
 
-    forward: TritonPass = TritonPass(128, 64, 8, 3)
-    rows: TritonPass = TritonPass(64, 64, 4, 2)
-    columns: TritonPass = TritonPass(32, 64, 4, 3)
+    forward: TritonPass
+    rows: TritonPass
+    columns: TritonPass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,3 +66,74 @@ class TritonDecodeBlockSizes:
     num_splits: int
     num_warps: int
     num_stages: int
+
+
+KIB = 1024
+# Shared memory that one program may take, by a part of the device's name.
+SHARED_MEMORY = {"H100": 227 * KIB, "H200": 227 * KIB, "GH200": 227 * KIB, "B200": 227 * KIB, "A100": 163 * KIB}
+SMALLEST_SHARED_MEMORY = 99 * KIB  # compute capability 8.6, 8.9 and 12.0: the consumer cards, A10, L4, L40
+
+# (bits, tile width) -> launches that compile for Hopper without a spill; (16, 64) and (16, 128) were timed on an H100.
+_HOPPER = {
+    (16, 64): ((128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 4, 3)),
+    (16, 128): ((128, 64, 8, 3), (128, 64, 8, 3), (32, 64, 4, 2)),
+    (16, 256): ((32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2)),
+    (32, 64): ((32, 32, 4, 2), (32, 32, 4, 2), (16, 32, 4, 2)),
+    (32, 128): ((32, 16, 8, 2), (32, 16, 8, 2), (16, 32, 4, 2)),
+    (32, 256): ((32, 16, 8, 2), (16, 16, 4, 2), (16, 16, 4, 2)),
+}
+
+
+def shared_memory_limit(device_kind: str) -> int:
+    """Bytes of shared memory that one program may take."""
+    return next((size for name, size in SHARED_MEMORY.items() if name in device_kind), SMALLEST_SHARED_MEMORY)
+
+
+def triton_shared_memory(name: str, launch: TritonPass, bits: int, width: int) -> int:
+    """Bytes of shared memory that a kernel's tiles take, an estimate from above."""
+    rows, keys = launch.block_q, launch.block_k
+    # Tiles held through the loop, and tiles of one step of it (the pipeline holds `num_stages` of these).
+    held, step = {"forward": (2 * rows, 2 * keys), "rows": (3 * rows, 2 * keys), "columns": (2 * keys, 3 * rows)}[name]
+    return (held + step * launch.num_stages) * width * bits // 8 + rows * keys * bits // 8
+
+
+def _fit(name: str, launch: TritonPass, bits: int, width: int, limit: int) -> TritonPass:
+    """The launch with fewer stages, then smaller tiles, until it fits."""
+    while triton_shared_memory(name, launch, bits, width) > limit:
+        if launch.num_stages > 2:
+            launch = dataclasses.replace(launch, num_stages=launch.num_stages - 1)
+        elif max(launch.block_q, launch.block_k) > 16:
+            larger = "block_q" if launch.block_q >= launch.block_k else "block_k"
+            launch = dataclasses.replace(launch, **{larger: getattr(launch, larger) // 2}, num_warps=4)
+        else:
+            break
+    return launch
+
+
+@functools.cache
+def _tuned() -> dict[str, dict]:
+    """Tuned tables by a part of the device's name, as `python -m benchmarks.tune` writes them."""
+    files = importlib.resources.files("pallas_kernels").joinpath("tuned").iterdir()
+    tables = (json.loads(file.read_text()) for file in files if file.name.endswith(".json"))
+    return {table["device"]: table for table in tables}
+
+
+@functools.cache
+def triton_block_sizes(device_kind: str, bits: int, head_dim: int, value_dim: int) -> TritonBlockSizes:
+    """Launches for a device: tuned if a table has them, else Hopper's, made to fit the device's shared memory.
+
+    Args:
+      device_kind: as `jax.Device.device_kind` names it.
+      bits: of an element, 16 or 32.
+      head_dim: H.
+      value_dim: Hv.
+    """
+    width = next(w for w in (64, 128, 256) if max(head_dim, value_dim) <= w)
+    for device, table in _tuned().items():
+        if device in device_kind and f"{bits}-bit {width}" in table["triton"]:
+            launches = table["triton"][f"{bits}-bit {width}"]
+            return TritonBlockSizes(*(TritonPass(*launches[name]) for name in ("forward", "rows", "columns")))
+    limit = shared_memory_limit(device_kind)
+    names = ("forward", "rows", "columns")
+    launches = (TritonPass(*launch) for launch in _HOPPER[bits, width])
+    return TritonBlockSizes(*(_fit(n, x, bits, width, limit) for n, x in zip(names, launches, strict=True)))

@@ -19,6 +19,7 @@ from parallax_jax import workloads
 from parallax_jax.attention import BACKENDS, parallax_attention
 from parallax_jax.reference import parallax_reference
 
+DEFAULT_WORKLOADS = [w.name for w in (*workloads.CONFORMANCE, *workloads.ACCURACY)]
 RESULTS = ("out", "dquery", "dprobe", "dkey", "dvalue")
 
 # (output, gradients). float16 has three more bits than bfloat16; float32 of "xla" is tighter than kernels' because XLA
@@ -93,7 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--dtypes", nargs="+", choices=["bfloat16", "float16", "float32"], default=["bfloat16", "float16", "float32"]
     )
-    parser.add_argument("--workloads", nargs="+", default=[w.name for w in workloads.CONFORMANCE], metavar="NAME")
+    parser.add_argument("--workloads", nargs="+", default=DEFAULT_WORKLOADS, metavar="NAME")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write the errors here")
     options = parser.parse_args(arguments)

@@ -122,6 +122,12 @@ CONFORMANCE = (
     Workload("negative_scale", 1, 111, 2, 64, scale=-0.3),
 )
 
+# Where errors are quoted: standard normal inputs, long enough that no row is special.
+ACCURACY = (
+    Workload("normal_1024", 1, 1024, 4, 128),
+    Workload("normal_1024_gqa", 1, 1024, 8, 64, kv_heads=2),
+)
+
 # What people train and serve with; timed, tuned and compared, in bfloat16.
 TRAINING = (
     Workload("train_2x4096", 2, 4096, 16, 128),
@@ -137,4 +143,4 @@ TRAINING = (
     Workload("d256_2x4096", 2, 4096, 8, 256),
 )
 
-BY_NAME = {workload.name: workload for workload in (*CONFORMANCE, *TRAINING)}
+BY_NAME = {workload.name: workload for workload in (*CONFORMANCE, *ACCURACY, *TRAINING)}

@@ -98,7 +98,7 @@ def test_bounds_enclose_what_is_visible(seed):
         spans_q, spans_k = (
             np.asarray(blocks.segment_spans(jnp.asarray(ids[None], jnp.int32), int(b)))[0] for b in (block_q, block_k)
         )
-    row, key = np.arange(queries)[:, None], np.arange(keys)
+    row, key = np.indices((queries, keys))
     visible = np.asarray(blocks.visible_tile(row, key, length=length, **common))
     if ids is not None:
         visible &= ids[:, None] == ids

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from configs import tiny
 from parallax_jax.model import TransformerLM
-from tests.h100 import h100_devices
+from tests.gpus import gpu_devices
 from train.optimizer import learning_rate_schedule, make_optimizer
 from train.state import abstract_state, make_train_step
 
@@ -19,7 +19,7 @@ from train.state import abstract_state, make_train_step
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
 def test_update_compiles_for_h100s(sizes):
     count = int(np.prod(sizes))
-    devices = np.array(h100_devices(count)).reshape(sizes)
+    devices = np.array(gpu_devices(count)).reshape(sizes)
     mesh = Mesh(devices, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
     config = dataclasses.replace(tiny.config, seq_len=128)
     shape = dataclasses.replace(

@@ -1,0 +1,139 @@
+"""Times the published PyTorch kernels: `python -m benchmarks.torch_peers WORKLOAD ...` prints one JSON row a line.
+
+Looks for parallax-kernel and flash-linear-attention; softmax attention comes from torch itself. Times are sums of
+kernel times from torch's profiler. Only plain causal workloads run: the published window is wrong at tile borders.
+For workloads of `workloads.ACCURACY` the row holds errors against float64 instead, on this project's own inputs.
+"""
+
+import json
+import os
+import sys
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # jax draws the inputs and computes the float64 reference; the GPU is torch's
+
+import numpy as np
+import torch
+
+from parallax_jax import compare, workloads
+
+
+def kernel_ms(function, iterations: int = 10) -> float:
+    """Mean sum of GPU kernel times of one call, in milliseconds."""
+    for _ in range(3):
+        function()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(iterations):
+            function()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in profile.key_averages()) / iterations / 1e3
+
+
+def published_triton():
+    """parallax-kernel's training kernel on (B, H, L, D), its autotuner limited to the tiles that win on Hopper."""
+    import parallax.triton.parallax_train as module
+    import triton
+    from parallax import parallax_func
+
+    tiles = [(128, 64, 8, 2), (128, 64, 8, 4), (64, 64, 4, 2), (64, 64, 4, 4), (128, 32, 8, 2), (128, 32, 4, 2)]
+    tiles += [(64, 128, 8, 2), (64, 32, 4, 2), (128, 128, 8, 2), (32, 64, 4, 2)]
+    configs = [
+        triton.Config({"ROW_TILE_SIZE": rows, "COL_TILE_SIZE": columns}, num_warps=warps, num_stages=stages)
+        for rows, columns, warps, stages in tiles
+    ]
+    for name in dir(module):
+        if hasattr(getattr(module, name), "configs") and name != "_bwd_preprocess_kernel":
+            getattr(module, name).configs = list(configs)
+    return parallax_func, True
+
+
+def published_fla():
+    """flash-linear-attention's kernel on (B, T, H, D)."""
+    from fla.ops.parallax import parallel_parallax
+
+    return parallel_parallax, False
+
+
+def softmax(backend):
+    def make():
+        from torch.nn.attention import sdpa_kernel
+
+        def attention(query, _, key, value):
+            with sdpa_kernel(backend):
+                return torch.nn.functional.scaled_dot_product_attention(
+                    query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1]
+                )
+
+        return attention, True
+
+    return make
+
+
+PEERS = {
+    "parallax-kernel (Triton)": published_triton,
+    "flash-linear-attention": published_fla,
+    "softmax: FlashAttention-2": softmax(torch.nn.attention.SDPBackend.FLASH_ATTENTION),
+}
+
+
+def time_peer(make, workload: workloads.Workload) -> dict:
+    """Forward and forward + backward milliseconds."""
+    attention, heads_first = make()
+    draw = lambda shape: torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+    tensors = [draw(shape) for shape in (*workload.shapes, workload.cotangent_shape)]
+    if heads_first:
+        tensors = [x.transpose(1, 2).contiguous() for x in tensors]
+    *operands, cotangent = tensors
+    with torch.no_grad():
+        forward = kernel_ms(lambda: attention(*operands))
+    for x in operands:
+        x.requires_grad_()
+
+    def total():
+        for x in operands:
+            x.grad = None
+        attention(*operands).backward(cotangent)
+
+    return dict(forward_ms=forward, total_ms=kernel_ms(total))
+
+
+def peer_errors(make, workload: workloads.Workload) -> dict:
+    """Relative Frobenius errors of the output and the four gradients."""
+    attention, heads_first = make()
+    arrays = [np.asarray(x, np.float32) for x in workload.operands("bfloat16")]
+    *operands, cotangent = (torch.tensor(x, device="cuda", dtype=torch.bfloat16) for x in arrays)
+    for x in operands:
+        x.requires_grad_()
+    swap = (lambda x: x.transpose(1, 2).contiguous()) if heads_first else (lambda x: x)
+    out = attention(*(swap(x) for x in operands))
+    out.backward(swap(cotangent))
+    results = [swap(out), *(x.grad for x in operands)]
+    expected = compare.expected(workload, "bfloat16")
+    return {
+        name: compare.relative_error(x.detach().float().cpu().numpy(), y)
+        for name, x, y in zip(compare.RESULTS, results, expected, strict=True)
+    }
+
+
+def main(names: list[str]) -> None:
+    torch.manual_seed(0)
+    for name in names:
+        workload = workloads.BY_NAME[name]
+        if workload.window or workload.segments or workload.keys or not workload.is_causal:
+            continue
+        for peer, make in PEERS.items():
+            row = dict(workload=name, implementation=peer)
+            try:
+                if workload not in workloads.ACCURACY:
+                    row |= time_peer(make, workload)
+                elif not peer.startswith("softmax"):
+                    row |= peer_errors(make, workload)
+                else:
+                    continue
+            except Exception as error:  # a peer may fail in any way; the table says how
+                row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,72 @@
+"""Sizes that only a large GPU holds: `pytest -m gpu tests/gpu_test.py`."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from parallax_jax import compare, parallax_attention, parallax_reference
+from parallax_jax.attention import BACKENDS
+from parallax_jax.workloads import BY_NAME
+
+pytestmark = pytest.mark.gpu
+KERNELS = [name for name, (_, platforms) in BACKENDS.items() if platforms == ("gpu",)]
+
+
+def bfloat16(key: int, *shape):
+    return jax.random.normal(jax.random.key(key), shape, jnp.bfloat16)
+
+
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_memory_is_linear_in_length(implementation):
+    """Forward and backward at 131072 tokens; nothing grows with the square."""
+
+    def step(length):
+        shape = jax.ShapeDtypeStruct((1, length, 8, 128), jnp.bfloat16)
+        loss = lambda *x: jnp.sum(parallax_attention(*x, implementation=implementation).astype(jnp.float32))
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))).lower(*[shape] * 4).compile()
+        memory = compiled.memory_analysis()
+        return compiled, memory.temp_size_in_bytes + memory.output_size_in_bytes
+
+    (_, half), (compiled, whole) = step(65536), step(131072)
+    assert whole <= 2.1 * half
+    grads = compiled(*(bfloat16(i, 1, 131072, 8, 128) for i in range(4)))
+    assert all(jnp.isfinite(x.astype(jnp.float32)).all() for x in grads)
+
+
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_more_than_two_to_the_31_elements(implementation):
+    """Right values at both ends of arrays whose offsets overflow 32 bits; a window keeps the work small."""
+    length, window, edge = 65600, 64, 256
+    operands = [bfloat16(i, 2, length, 128, 128) for i in range(4)]
+    assert operands[0].size > 2**31
+    attention = lambda *x: parallax_attention(*x, implementation=implementation, local_window_size=window)
+    loss = lambda *x: jnp.sum(attention(*x).astype(jnp.float32))
+    out = jax.jit(attention)(*operands)
+    grads = jax.jit(jax.grad(loss, argnums=(0, 1)))(*operands)
+    for batch, rows, head in ((0, slice(0, edge), 0), (1, slice(length - edge, length), 127)):
+        some = [x[batch : batch + 1, rows, head : head + 1].astype(jnp.float32) for x in operands]
+        reference = lambda *x: parallax_reference(*x, local_window_size=window)
+        expected, vjp = jax.vjp(reference, *some)
+        seen = slice(window, None) if batch else slice(0, edge)  # rows whose whole window lies in the piece
+        found = out[batch : batch + 1, rows, head : head + 1]
+        assert compare.relative_error(found[:, seen], expected[:, seen]) <= 3.5e-3
+        for x, y in zip(grads, vjp(jnp.ones_like(expected)), strict=False):
+            found = x[batch : batch + 1, rows, head : head + 1]
+            assert compare.relative_error(found[:, seen], y[:, seen]) <= 5e-3
+
+
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_one_bit_pattern_in_a_thousand_runs(implementation):
+    *operands, cotangent = BY_NAME["normal_1024"].operands(jnp.bfloat16)
+    attention = lambda *x: parallax_attention(*x, implementation=implementation)
+
+    @jax.jit
+    def checksums(operands, cotangent):
+        out, vjp = jax.vjp(attention, *operands)
+        bits = [jax.lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32) for x in (out, *vjp(cotangent))]
+        weights = [jnp.arange(x.size, dtype=jnp.uint32).reshape(x.shape) * 2 + 1 for x in bits]
+        return jnp.stack([jnp.sum(x * w) for x, w in zip(bits, weights, strict=True)])
+
+    first = checksums(operands, cotangent)
+    different = sum((checksums(operands, cotangent) != first).any() for _ in range(1000))
+    assert different == 0
