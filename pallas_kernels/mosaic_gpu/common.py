@@ -1,5 +1,9 @@
-# NOTE FROM THE LEAD (delete this line once read): device time left is 530 s and reserved. Make NO further device runs; finish correctness, features, tests, docs and the ahead-of-time checks without a GPU. tiles.State changed: use tiles.from_fixed_centre at the end.
-"""What the Hopper kernels share: warpgroup tiles, masks and the key range of a row block."""
+"""What the Hopper kernels share: launch, tiles in registers and shared memory, turns, masks and ranges of blocks.
+
+Every kernel runs two warpgroups that compute, each on its own 64 rows (or keys), and one that copies the tiles both of
+them read into a ring of slots in shared memory. The two take turns on the tensor cores, so that the elementwise work
+of one runs under the products of the other.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -9,22 +13,20 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import blocks, tiles
 
-ROWS = 64  # rows of one warpgroup's matrix instruction
+BLOCK = 64  # rows and keys of a tile: 128 keys do not fit the registers of a warpgroup
+GROUPS = 2  # computing warpgroups
+COMPUTE_REGISTERS, COPY_REGISTERS = 240, 24  # of a thread; the most that three warpgroups can share
 
 
-def swizzled(*shape: int, dtype) -> plgpu.SMEM:
-    """Shared memory laid out for matrix instructions; the last two axes are the matrix."""
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
-
-
-def launch(name: str, num_groups: int, interpret: bool) -> dict:
-    """What all the kernels pass to `plgpu.kernel`: a line of work items, each for a few warpgroups."""
+def launch(name: str, num_items: int, interpret: bool) -> dict:
+    """What all the kernels pass to `plgpu.kernel`."""
     return dict(
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        grid=(num_items,),
         grid_names=("item",),
-        num_threads=num_groups,
+        num_threads=GROUPS + 1,
         thread_name="group",
         kernel_name=name,
+        compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=plgpu.InterpretGPUParams() if interpret else False,
     )
 
@@ -35,50 +37,108 @@ def work_item(batch: int, heads: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     return lax.div(head, heads), lax.rem(head, heads), block
 
 
-def assign(acc, value: jax.Array, interpret: bool) -> None:
-    """acc[...] = value for an accumulator."""
-    if interpret:  # Pallas' interpreter lacks stores to accumulators, but keeps them as plain buffers
-        jax.ref.swap(acc, ..., value)
-    else:
-        acc[...] = value
+def swizzled(rows: int, columns: int, tiles: int, *, dtype) -> plgpu.SMEM:
+    """Tiles in shared memory, laid out for matrix instructions."""
+    shape = tiles, rows, columns
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
 
 
-def add_product(acc, a: jax.Array, b, interpret: bool) -> None:
-    """Starts acc += a @ b with a in registers."""
-    if interpret:  # Pallas' interpreter takes operands in shared memory only
-        product = jnp.dot(a, b[...], preferred_element_type=jnp.float32)
-        jax.ref.swap(acc, ..., plgpu.wgmma_accumulator_load(acc) + product)
-    else:
-        plgpu.wgmma(acc, a, b)
+def ring(stages: int, copies: int = 1) -> dict:
+    """Barriers of a ring of slots: `ready` once its copies have landed, `free` once both warpgroups have read it."""
+    return dict(
+        ready=plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
+        free=plgpu.Barrier(num_arrivals=GROUPS, num_barriers=stages),
+    )
+
+
+def ring_slot(step: jax.Array, stages: int) -> jax.Array:
+    """The slot of a step >= 0."""
+    return step & (stages - 1) if stages & (stages - 1) == 0 else lax.rem(step, stages)
 
 
 def drain(free, steps, stages: int) -> None:
-    """Waits for the last use of every slot."""
+    """Waits for the last use of every slot: no barrier may be left with an arrival that nobody has seen."""
 
     def wait(step, _):
-        plgpu.barrier_wait(free.at[lax.rem(step, stages)])
+        plgpu.barrier_wait(free.at[ring_slot(step, stages)])
 
     lax.fori_loop(jnp.maximum(steps - stages, 0), steps, wait, None)
 
 
-def full_tile(shape: tuple[int, int], value: float = 0.0) -> jax.Array:
-    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), plgpu.Layout.WGMMA)
+class Turns:
+    """The two warpgroups' turns on the tensor cores, strictly one after the other."""
+
+    def __init__(self, barriers, group: jax.Array):
+        self._barriers, self._group = barriers, group
+        pl.when(group == 0)(lambda: plgpu.barrier_arrive(barriers.at[0]))
+
+    def take(self) -> None:
+        """Waits until the other warpgroup has passed the turn."""
+        plgpu.barrier_wait(self._barriers.at[self._group])
+
+    def give(self) -> None:
+        """Passes the turn."""
+        plgpu.barrier_arrive(self._barriers.at[1 - self._group])
+
+    def end(self) -> None:
+        """Sees the last turn that was passed."""
+        pl.when(self._group == 0)(self.take)
 
 
-def full_rows(value: float) -> jax.Array:
-    return plgpu.layout_cast(jnp.full((ROWS,), value, jnp.float32), plgpu.Layout.WGMMA.reduce(1))
+def zeros(columns: int) -> jax.Array:
+    """A (64, columns) tile of registers."""
+    return plgpu.layout_cast(jnp.zeros((BLOCK, columns), jnp.float32), plgpu.Layout.WGMMA)
 
 
-def column_sums(x: jax.Array) -> jax.Array:
-    """Adds up the keys that each thread holds: (rows, keys) -> (rows, 8). Threads are added once, at the end."""
+def accumulators(*columns: int) -> list:
+    """Accumulators of matrix instructions, for `pl.run_scoped`."""
+    return [plgpu.ACC((BLOCK, n), jnp.float32) for n in columns]
+
+
+def read(*accumulator, pending: int | None = 0):
+    """Values of accumulators once at most `pending` products are under way; None reads without waiting.
+
+    The barrier keeps the compiler from moving their use above the wait, which it cannot see as their cause.
+    """
+    values = [plgpu.wgmma_accumulator_load(x, wait_n=pending) for x in accumulator]
+    values = lax.optimization_barrier(values)
+    return values[0] if len(values) == 1 else values
+
+
+def assign(accumulator, value: jax.Array, interpret: bool) -> None:
+    """accumulator[...] = value."""
+    if interpret:  # Pallas' interpreter keeps accumulators as plain buffers and does not know their store
+        jax.ref.swap(accumulator, ..., value)
+    else:
+        accumulator[...] = value
+
+
+def start_product(accumulator, a, b, interpret: bool) -> None:
+    """Starts accumulator = a @ b^T, with a and b in shared memory."""
+    assign(accumulator, zeros(accumulator.shape[1]), interpret)
+    plgpu.wgmma(accumulator, a, b.transpose((1, 0)))
+
+
+def add_product(accumulator, a: jax.Array, b, interpret: bool) -> None:
+    """Starts accumulator += a @ b, with a in registers."""
+    if interpret:  # Pallas' interpreter takes operands in shared memory only
+        product = jnp.dot(a, b[...], preferred_element_type=jnp.float32)
+        jax.ref.swap(accumulator, ..., plgpu.wgmma_accumulator_load(accumulator) + product)
+    else:
+        plgpu.wgmma(accumulator, a, b)
+
+
+def row_layout(axis: int) -> plgpu.Layout:
+    """Layout of a vector that runs along `axis` of a tile."""
+    return plgpu.Layout.WGMMA.reduce(1 - axis)
+
+
+def sums_in_threads(x: jax.Array) -> jax.Array:
+    """Adds up the keys that each thread holds: (64, keys) -> (64, 8). The threads' sums are added once, at the end."""
     parts = [lax.slice(x, (0, i), (x.shape[0], i + 8)) for i in range(0, x.shape[1], 8)]
     while len(parts) > 1:
         parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)]
     return parts[0]
-
-
-def indices(shape: tuple[int, int], axis: int) -> jax.Array:
-    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
 
 
 def pad_rows(*arrays: jax.Array, multiple: int = 8) -> list[jax.Array]:
@@ -101,92 +161,85 @@ def _some_work(bounds: blocks.Bounds, num_blocks: int) -> blocks.Bounds:
 
 
 class Masks:
-    """A `blocks.Mask` as arrays for a kernel, and what the kernel asks of them."""
+    """A `blocks.Mask` as arrays for a kernel, and what the kernel asks of them.
 
-    def __init__(self, mask: blocks.Mask, num_queries: int, num_keys: int, block: int):
-        self.mask, self.num_keys, self.block = mask, num_keys, block
-        self.static = dict(num_queries=num_queries, is_causal=mask.is_causal, window=mask.window)
-        self.can_start_masked = mask.window is not None or mask.segment_ids is not None
-        self.rows_can_start_masked = mask.is_causal or self.can_start_masked
-        arrays = [jnp.reshape(mask.offset, (1,))]
+    Attributes:
+      arrays: the kernel's inputs; it hands their references back as `refs`.
+      keys_start_masked: a row block's first key blocks may need a mask, not only its last.
+      rows_start_masked: the same for a key block's row blocks.
+      is_plain: causal or full, nothing else.
+    """
+
+    def __init__(self, mask: blocks.Mask, num_queries: int, num_keys: int):
+        self._mask, self._num_keys = mask, num_keys
+        self._static = dict(num_queries=num_queries, is_causal=mask.is_causal, window=mask.window)
+        self.keys_start_masked = mask.window is not None or mask.segment_ids is not None
+        self.rows_start_masked = mask.is_causal or self.keys_start_masked
+        self.is_plain = not self.keys_start_masked and mask.lengths is None
+        self.arrays = [jnp.reshape(mask.offset, (1,))]
         if mask.lengths is not None:
-            arrays.append(mask.lengths)
+            self.arrays.append(mask.lengths)
         if mask.segment_ids is not None:
-            pad = -num_queries % (2 * ROWS)
-            arrays.append(jnp.pad(mask.segment_ids, ((0, 0), (0, pad)), mode="edge"))
-            arrays.append(blocks.segment_spans(mask.segment_ids, ROWS))
-        self.arrays = arrays
+            pad = -num_queries % (GROUPS * BLOCK)
+            self.arrays.append(jnp.pad(mask.segment_ids, ((0, 0), (0, pad)), mode="edge"))
+            self.arrays.append(blocks.segment_spans(mask.segment_ids, BLOCK))
 
-    def _split(self, refs, batch_index):
-        """The call's numbers: offset, length, and the references of segments and spans."""
-        offset_ref, *rest = refs
-        length = rest.pop(0)[batch_index] if self.mask.lengths is not None else self.num_keys
-        return offset_ref[0], length, *(rest or (None, None))
+    def _split(self, refs, batch):
+        """(offset, length, reference of segments, reference of their spans)."""
+        offset, *rest = refs
+        length = rest.pop(0)[batch] if self._mask.lengths is not None else self._num_keys
+        return offset[0], length, *(rest or (None, None))
 
-    def _segment(self, spans, batch_index, start):
-        if spans is None:
-            return None
-        block = jnp.minimum(start // ROWS, spans.shape[1] - 1)
-        return tuple(spans[batch_index, block, i] for i in range(4))
+    def _bounds(self, function, refs, batch, start, num_blocks: int):
+        """(range of blocks that both warpgroups of an item visit, each warpgroup's own bounds)."""
+        offset, length, _, spans = self._split(refs, batch)
+        own = []
+        for position in (start, start + BLOCK):
+            segment = None
+            if spans is not None:
+                block = jnp.minimum(lax.div(position, BLOCK), spans.shape[1] - 1)
+                segment = tuple(spans[batch, block, i] for i in range(4))
+            bounds = function(position, BLOCK, BLOCK, offset=offset, length=length, segment=segment, **self._static)
+            own.append(_some_work(bounds, num_blocks))
+        return jnp.minimum(own[0].first, own[1].first), jnp.maximum(own[0].last, own[1].last), own
 
-    def key_bounds(self, refs, batch_index, row) -> blocks.Bounds:
-        """The key blocks of rows [row, row + 64): at least one, so that every tile of rows does some work."""
-        offset, length, _, spans = self._split(refs, batch_index)
-        bounds = blocks.key_bounds(
-            row,
-            ROWS,
-            self.block,
-            offset=offset,
-            length=length,
-            segment=self._segment(spans, batch_index, row),
-            **self.static,
-        )
-        return _some_work(bounds, pl.cdiv(self.num_keys, self.block))
+    def key_bounds(self, refs, batch, row):
+        """Key blocks of rows [row, row + 128)."""
+        return self._bounds(blocks.key_bounds, refs, batch, row, pl.cdiv(self._num_keys, BLOCK))
 
-    def row_bounds(self, refs, batch_index, key) -> blocks.Bounds:
-        """The row blocks of keys [key, key + 64): at least one."""
-        offset, length, _, spans = self._split(refs, batch_index)
-        bounds = blocks.row_bounds(
-            key,
-            self.block,
-            ROWS,
-            offset=offset,
-            length=length,
-            segment=self._segment(spans, batch_index, key),
-            **self.static,
-        )
-        return _some_work(bounds, pl.cdiv(self.static["num_queries"], self.block))
+    def row_bounds(self, refs, batch, key):
+        """Row blocks of keys [key, key + 128)."""
+        return self._bounds(blocks.row_bounds, refs, batch, key, pl.cdiv(self._static["num_queries"], BLOCK))
 
-    def visible(self, refs, batch_index, row, key, shape, key_axis=1) -> jax.Array:
-        """The tile of keys from `key` on that the rows from `row` on see."""
-        offset, length, segments, _ = self._split(refs, batch_index)
-        row_segments = key_segments = None
+    def visible(self, refs, batch, row, key, key_axis: int = 1) -> jax.Array:
+        """The tile of keys [key, key + 64) that rows [row, row + 64) see."""
+        offset, length, segments, _ = self._split(refs, batch)
+        tile = jax.ShapeDtypeStruct((BLOCK, BLOCK), jnp.int32)
+        axes = dict(row=1 - key_axis, key=key_axis)
+        starts = dict(row=row, key=key)
+        segment = dict(row=None, key=None)
         if segments is not None:
-            row_segments, key_segments = [
-                tiles.spread(
-                    plgpu.load(
-                        segments.at[batch_index, pl.ds(start, shape[axis])],
-                        layout=plgpu.Layout.WGMMA.reduce(1 - axis),
-                        optimized=False,
-                    ),
-                    jax.ShapeDtypeStruct(shape, jnp.int32),
-                    1 - axis,
-                )
-                for start, axis in ((row, 1 - key_axis), (key, key_axis))
-            ]
+            for name, axis in axes.items():
+                ids = segments.at[batch, pl.ds(starts[name], BLOCK)]
+                ids = plgpu.load(ids, layout=row_layout(axis), optimized=False)
+                segment[name] = tiles.spread(ids, tile, 1 - axis)
+        position = {
+            name: plgpu.broadcasted_iota(jnp.int32, tile.shape, axis, layout=plgpu.Layout.WGMMA) + starts[name]
+            for name, axis in axes.items()
+        }
         return blocks.visible_tile(
-            indices(shape, 1 - key_axis) + row,
-            indices(shape, key_axis) + key,
+            position["row"],
+            position["key"],
             offset=offset,
             length=length,
-            row_segments=row_segments,
-            key_segments=key_segments,
-            **{**self.static, "num_queries": None},
+            row_segments=segment["row"],
+            key_segments=segment["key"],
+            **{**self._static, "num_queries": None},
         )
 
     def hide_padding(self, *arrays):
-        """Zeroes the keys and values past `lengths`, whatever they hold: 0 * NaN would reach the products."""
-        if self.mask.lengths is None:
+        """Zeroes keys and values past `lengths`, whatever they hold: 0 * NaN would reach the products."""
+        if self._mask.lengths is None:
             return arrays
-        valid = jnp.arange(self.num_keys) < self.mask.lengths[:, None]
-        return [jnp.where(valid[:, :, None, None], x, 0) for x in arrays]
+        valid = jnp.arange(self._num_keys) < self._mask.lengths[:, None]
+        return [jnp.where(valid[:, :, None, None], x, jnp.zeros((), x.dtype)) for x in arrays]
