@@ -12,7 +12,8 @@ def target() -> tuple[str, str]:
     """
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     if device is not None:
-        return device.platform or jax.default_backend(), device.device_kind
+        platform = device.platform or jax.default_backend()
+        return {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform), device.device_kind
     device = jax.config.jax_default_device or jax.devices()[0]
     if isinstance(device, str):
         device = jax.devices(device)[0]

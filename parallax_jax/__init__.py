@@ -2,8 +2,20 @@
 
 from parallax_jax.attention import parallax_attention
 from parallax_jax.decode import parallax_decode
+from parallax_jax.layers import ParallaxAttention
+from parallax_jax.model import ModelConfig, TransformerLM
 from parallax_jax.reference import parallax_reference
+from parallax_jax.sampling import generate
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "parallax_attention", "parallax_decode", "parallax_reference"]
+__all__ = [
+    "ModelConfig",
+    "ParallaxAttention",
+    "TransformerLM",
+    "__version__",
+    "generate",
+    "parallax_attention",
+    "parallax_decode",
+    "parallax_reference",
+]

@@ -10,8 +10,8 @@ from parallax_jax.reference import parallax_reference
 
 # Name -> (module with `unsupported` and `decode`, platforms on which None may choose it), fastest first.
 BACKENDS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "triton": ("pallas_kernels.triton.decode", ("gpu", "cuda")),
-    "xla": ("parallax_jax.xla_decode", ("cpu", "gpu", "cuda", "tpu")),
+    "triton": ("pallas_kernels.triton.decode", ("gpu",)),
+    "xla": ("parallax_jax.xla_decode", ("cpu", "gpu", "tpu")),
 }
 
 
