@@ -29,9 +29,9 @@ def _warn_once() -> None:
     if not _warned:
         _warned = True
         warnings.warn(
-            "implementation 'triton' rests on Pallas' Triton backend, which JAX has deprecated: a release after 0.12 may "
-            "drop it. Until then nothing needs to be done. On Hopper 'mosaic_gpu' does not depend on it, and 'xla' runs "
-            "everywhere.",
+            "implementation 'triton' rests on Pallas' Triton backend, which JAX has deprecated: a release after 0.12 "
+            "may drop it. Until then nothing needs to be done. On Hopper 'mosaic_gpu' does not depend on it, and 'xla' "
+            "runs everywhere.",
             FutureWarning,
             stacklevel=2,
         )
