@@ -1,5 +1,10 @@
 """Tests run on eight emulated CPU devices and with strict dtype promotion."""
 
+import os
+
+# Compiling takes longer than running here, most of all for interpreted kernels.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+
 import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
