@@ -68,6 +68,50 @@ class TritonDecodeBlockSizes:
     num_stages: int
 
 
+@dataclasses.dataclass(frozen=True)
+class MosaicTpuPass:
+    """Tiles of one TPU kernel, in multiples of the 128 lanes.
+
+    Attributes:
+      block_q: query rows in a tile.
+      block_k: keys in a tile.
+    """
+
+    block_q: int
+    block_k: int
+
+    def __post_init__(self):
+        for name, size in dataclasses.asdict(self).items():
+            if size < 128 or size % 128:
+                raise ValueError(f"{name}: must be a multiple of 128, got {size}")
+
+
+@dataclasses.dataclass(frozen=True)
+class MosaicTpuBlockSizes:
+    """Tiles of the "mosaic_tpu" implementation.
+
+    Attributes:
+      forward: the forward pass.
+      rows: the backward pass over query rows (dquery, dprobe).
+      columns: the backward pass over keys (dkey, dvalue).
+    """
+
+    forward: MosaicTpuPass
+    rows: MosaicTpuPass
+    columns: MosaicTpuPass
+
+
+@dataclasses.dataclass(frozen=True)
+class MosaicTpuDecodeBlockSizes:
+    """Tiles of the "mosaic_tpu" implementation of decode.
+
+    Attributes:
+      block_k: keys fetched in one step, of all kv heads; with pages, of as many whole pages (at least one).
+    """
+
+    block_k: int
+
+
 KIB = 1024
 # Shared memory that one program may take, by a part of the device's name.
 SHARED_MEMORY = {"H100": 227 * KIB, "H200": 227 * KIB, "GH200": 227 * KIB, "B200": 227 * KIB, "A100": 163 * KIB}
@@ -137,3 +181,28 @@ def triton_block_sizes(device_kind: str, bits: int, head_dim: int, value_dim: in
     names = ("forward", "rows", "columns")
     launches = (TritonPass(*launch) for launch in _HOPPER[bits, width])
     return TritonBlockSizes(*(_fit(n, x, bits, width, limit) for n, x in zip(names, launches, strict=True)))
+
+
+# Vector memory of a TPU core, by the device's name as JAX gives it; a kernel may take three quarters of it.
+VMEM = {"TPU v5 lite": 128 << 20, "TPU v5": 64 << 20, "TPU v6 lite": 128 << 20, "TPU7x": 64 << 20}
+SMALLEST_VMEM = 16 << 20
+
+
+def vmem_limit(device_kind: str) -> int:
+    """Bytes of vector memory that one TPU kernel may take."""
+    return VMEM.get(device_kind, SMALLEST_VMEM) * 3 // 4
+
+
+@functools.cache
+def mosaic_tpu_block_sizes(device_kind: str, bits: int, head_dim: int, value_dim: int) -> MosaicTpuBlockSizes:
+    """Tiles for a TPU, from the roofline in docs/results/mosaic_tpu.md: nothing here was timed on one.
+
+    Args:
+      device_kind: as `jax.Device.device_kind` names it.
+      bits: of an element, 16 or 32.
+      head_dim: H.
+      value_dim: Hv.
+    """
+    if vmem_limit(device_kind) < 32 << 20 or bits == 32 or max(head_dim, value_dim) > 128:
+        return MosaicTpuBlockSizes(*(MosaicTpuPass(256, 512),) * 3)
+    return MosaicTpuBlockSizes(MosaicTpuPass(512, 1024), MosaicTpuPass(512, 1024), MosaicTpuPass(512, 512))
