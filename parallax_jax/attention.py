@@ -21,7 +21,6 @@ BACKENDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "triton": ("pallas_kernels.triton", ("gpu",)),
     "xla": ("parallax_jax.xla", ("cpu", "gpu", "tpu")),
 }
-IMPLEMENTATIONS = ("reference", *BACKENDS)
 MAX_HEAD_DIM = 256
 
 # Names of the residuals, for `jax.checkpoint_policies.save_only_these_names`.
