@@ -148,15 +148,15 @@ class KVCache:
 def init_cache(config: "ModelConfig", batch_size: int, capacity: int) -> KVCache:
     """An empty contiguous cache for `TransformerLM(config)`, in its compute dtype.
 
-    A model with a window smaller than `capacity` gets a ring of the window, and so sequences of any length.
+    A model whose layers share a window smaller than `capacity` gets a ring of it, and so sequences of any length.
 
     Args:
       config: the model.
       batch_size: sequences.
       capacity: tokens that each sequence may have.
     """
-    window = config.local_window_size
-    ring = window is not None and window < capacity
+    window = config.windows[0]
+    ring = window is not None and window < capacity and len(set(config.windows)) == 1
     shape = (batch_size, window if ring else capacity, config.num_kv_heads, config.head_dim)
     lengths = jnp.zeros(batch_size, jnp.int32)
     return KVCache(_layers(config, shape), _layers(config, shape), lengths, ring=ring)

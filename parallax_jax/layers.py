@@ -78,7 +78,7 @@ class ParallaxAttention(nn.Module):
       probe_norm: norm the probe.
       probe_norm_init: initial gain of the probe's norm; 0 is softmax attention at the start.
       qk_norm: norm query and key.
-      use_bias: give every projection a bias.
+      use_bias: give every projection a bias; "qkv": all but the output's.
       local_window_size: most recent keys seen, the diagonal included; None for all.
       rope_theta: base of the rotary frequencies.
       norm_eps: epsilon of the norms.
@@ -96,7 +96,7 @@ class ParallaxAttention(nn.Module):
     probe_norm: bool = True
     probe_norm_init: float = 1.0
     qk_norm: bool = True
-    use_bias: bool = False
+    use_bias: bool | str = False
     local_window_size: int | None = None
     rope_theta: float = 1e6
     norm_eps: float = 1e-6
@@ -140,7 +140,7 @@ class ParallaxAttention(nn.Module):
         def heads(name: str, num_heads: int, axis: str, *, norm: bool, rope: bool, gain: float = 1.0):
             h = nn.DenseGeneral(
                 (num_heads, self.head_dim),
-                use_bias=self.use_bias,
+                use_bias=bool(self.use_bias),
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,
                 kernel_init=kernel_init(("embed", axis, "head_dim")),
@@ -173,7 +173,7 @@ class ParallaxAttention(nn.Module):
         out = nn.DenseGeneral(
             x.shape[-1],
             axis=(-2, -1),
-            use_bias=self.use_bias,
+            use_bias=self.use_bias is True,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             kernel_init=kernel_init(("heads", "head_dim", "embed"), self.out_init_std),

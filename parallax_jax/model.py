@@ -1,6 +1,7 @@
 """A Qwen3-style decoder language model with Parallax or softmax attention."""
 
 import dataclasses
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -40,8 +41,10 @@ class ModelConfig:
       probe_norm: norm the probe.
       probe_norm_init: initial gain of the probe's norm; 0 starts from softmax attention.
       qk_norm: norm query and key.
-      use_bias: give every projection of a block a bias.
-      local_window_size: most recent keys that a token sees, itself included; None for all.
+      use_bias: give every projection of a block a bias; "attention": those of its attention only, "qkv": those but the
+        output's.
+      local_window_size: most recent keys that a token sees, itself included; None for all. A tuple has one for each
+        layer; layers that differ cannot be scanned over.
       rope_theta: base of the rotary frequencies.
       norm_eps: epsilon of every norm.
       tie_embeddings: use the embedding as the output projection.
@@ -69,8 +72,8 @@ class ModelConfig:
     probe_norm: bool = True
     probe_norm_init: float = 1.0
     qk_norm: bool = True
-    use_bias: bool = False
-    local_window_size: int | None = None
+    use_bias: bool | Literal["attention", "qkv"] = False
+    local_window_size: int | tuple[int | None, ...] | None = None
     rope_theta: float = 1e6
     norm_eps: float = 1e-6
     tie_embeddings: bool = True
@@ -87,13 +90,24 @@ class ModelConfig:
         self._check("head_dim", self.head_dim % 2 == 0 and self.head_dim <= 256, "an even integer up to 256")
         divides = self.num_heads % self.num_kv_heads == 0
         self._check("num_kv_heads", divides, f"a divisor of num_heads={self.num_heads}")
-        window = self.local_window_size
-        self._check("local_window_size", window is None or window >= 1, "None or an integer >= 1")
+        if isinstance(self.local_window_size, list):  # from JSON
+            object.__setattr__(self, "local_window_size", tuple(self.local_window_size))
+        self._check("local_window_size", all(w is None or w >= 1 for w in self.windows), "None or an integer >= 1")
+        self._check("local_window_size", len(self.windows) == self.num_layers, f"one for each of {self.num_layers}")
+        alike = not self.scan_layers or len(set(self.windows)) == 1
+        self._check("local_window_size", alike, "the same for all layers, or scan_layers=False")
+        self._check("use_bias", self.use_bias in (False, True, "attention", "qkv"), "a bool, 'attention' or 'qkv'")
         self._check("rope_theta", self.rope_theta > 0, "a number > 0")
         self._check("norm_eps", self.norm_eps > 0, "a number > 0")
         allowed = {"attention": ("parallax", "softmax"), "remat": tuple(REMAT_POLICIES)}
         for name, values in {**allowed, "dtype": floats, "param_dtype": floats}.items():
             self._check(name, getattr(self, name) in values, "one of " + ", ".join(values))
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The window of each layer."""
+        window = self.local_window_size
+        return window if isinstance(window, tuple) else (window,) * self.num_layers
 
     def _check(self, name: str, ok: bool, allowed: str):
         if not ok:
@@ -104,6 +118,7 @@ class Block(nn.Module):
     """Pre-norm transformer block: attention, then SwiGLU, each added to the residual stream."""
 
     config: ModelConfig
+    local_window_size: int | None
 
     @nn.compact
     def __call__(
@@ -124,7 +139,7 @@ class Block(nn.Module):
         c = self.config
         dtypes = {"dtype": jnp.dtype(c.dtype), "param_dtype": jnp.dtype(c.param_dtype)}
         # 2 num_layers branches add to the stream; this keeps its variance independent of depth at the start.
-        shared = {"use_bias": c.use_bias, "out_init_std": INIT_STD / (2 * c.num_layers) ** 0.5, **dtypes}
+        shared = {"out_init_std": INIT_STD / (2 * c.num_layers) ** 0.5, **dtypes}
         h = RMSNorm(c.norm_eps, param_dtype=dtypes["param_dtype"], name="attention_norm")(x)
         attended, cache = ParallaxAttention(
             c.num_heads,
@@ -135,7 +150,8 @@ class Block(nn.Module):
             probe_norm=c.probe_norm,
             probe_norm_init=c.probe_norm_init,
             qk_norm=c.qk_norm,
-            local_window_size=c.local_window_size,
+            use_bias="qkv" if c.use_bias == "qkv" else bool(c.use_bias),
+            local_window_size=self.local_window_size,
             rope_theta=c.rope_theta,
             norm_eps=c.norm_eps,
             implementation=c.implementation,
@@ -144,7 +160,7 @@ class Block(nn.Module):
         )(h, positions, segment_ids, cache, num_new)
         x += attended
         h = RMSNorm(c.norm_eps, param_dtype=dtypes["param_dtype"], name="mlp_norm")(x)
-        x += SwiGLU(c.mlp_width, name="mlp", **shared)(h)
+        x += SwiGLU(c.mlp_width, c.use_bias is True, name="mlp", **shared)(h)
         return x, None if cache is None else (cache.key, cache.value)
 
 
@@ -182,9 +198,9 @@ class TransformerLM(nn.Module):
                 split_rngs={"params": True},
                 in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast, 0),
                 metadata_params={nn.PARTITION_NAME: "layers"},
-            )(c)
+            )(c, c.windows[0])
         else:
-            self.layers = [block(c) for _ in range(c.num_layers)]
+            self.layers = [block(c, window) for window in c.windows]
         self.final_norm = RMSNorm(c.norm_eps, param_dtype=param_dtype)
         if not c.tie_embeddings:
             self.lm_head = nn.Dense(

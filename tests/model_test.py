@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from parallax_jax.model import REMAT_POLICIES, ModelConfig, TransformerLM, segment_positions
+from parallax_jax.cache import init_cache
+from parallax_jax.model import REMAT_POLICIES, ModelConfig, TransformerLM, segment_positions, unstack_layers
 
 # The dense operator compiles fastest; the tests of rematerialisation take the real one.
 TINY = ModelConfig(
@@ -111,6 +112,33 @@ def test_window_limits_what_a_token_sees(params):
     assert (logits[:, 10] != other[:, 10]).any(-1).all()
 
 
+def test_windows_by_layer(params):
+    alike = dataclasses.replace(TINY, local_window_size=3)
+    config, unstacked = unstack_layers(alike, params)
+    config = dataclasses.replace(config, local_window_size=(3, 3, 3))
+    np.testing.assert_allclose(apply(config, unstacked), apply(alike, params), rtol=1e-5, atol=1e-6)
+    config = dataclasses.replace(config, local_window_size=(3, None, 2))
+    logits, other = apply(config, unstacked), apply(config, unstacked, TOKENS.at[:, 4].add(1) % 37)
+    assert (logits[:, 16] != other[:, 16]).any(-1).all()  # the middle layer sees everything
+    cache = init_cache(config, 2, 17)
+    assert not cache.ring
+    outputs = []
+    for chunk in jnp.split(TOKENS, [9, 10, 13], axis=1):
+        out, cache = TransformerLM(config).apply({"params": unstacked}, chunk, cache=cache)
+        outputs.append(out)
+    np.testing.assert_allclose(jnp.concatenate(outputs, axis=1), logits, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("use_bias", "count"), [(True, 8), ("attention", 5), ("qkv", 4), (False, 0)])
+def test_which_projections_have_a_bias(use_bias, count):
+    shapes = jax.eval_shape(TransformerLM(dataclasses.replace(TINY, use_bias=use_bias)).init, jax.random.key(0), TOKENS)
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
+    biases = [name for name in names if "bias" in name]
+    assert len(biases) == count
+    assert any("'mlp'" in name for name in biases) == (use_bias is True)
+    assert any("'out'" in name for name in biases) == (use_bias in (True, "attention"))
+
+
 def test_packed_equals_separate_documents(params):
     segment_ids = jnp.asarray([[3] * 5 + [4] * 12, [1] * 11 + [2] * 4 + [0] * 2], jnp.int32)
     packed = apply(TINY, params, segment_ids=segment_ids)
@@ -209,6 +237,9 @@ def test_works_through_the_nnx_bridge():
         ("remat", "some", "one of none, full, attention, dots"),
         ("dtype", "float8", "one of float32, bfloat16, float16"),
         ("local_window_size", 0, "None or an integer >= 1"),
+        ("local_window_size", (4, 4), "one for each of 3"),
+        ("local_window_size", (4, None, 4), "the same for all layers, or scan_layers=False"),
+        ("use_bias", "mlp", "a bool, 'attention' or 'qkv'"),
         ("rope_theta", -1.0, "a number > 0"),
         ("norm_eps", 0.0, "a number > 0"),
     ],

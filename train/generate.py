@@ -69,7 +69,9 @@ def sample(
 
     No token sees more than the `window` tokens that training showed it.
     """
-    config = dataclasses.replace(model.config, local_window_size=min(model.config.local_window_size or window, window))
+    windows = tuple(min(own or window, window) for own in model.config.windows)
+    shared = windows[0] if len(set(windows)) == 1 else windows
+    config = dataclasses.replace(model.config, local_window_size=shared)
     ids = [[tokenizer.separator, *map(int, row)] for row in tokenizer.encode(list(prompts))]
     steps = stream(
         config,
