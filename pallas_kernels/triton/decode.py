@@ -18,7 +18,7 @@ from pallas_kernels.block_sizes import TritonDecodeBlockSizes
 from pallas_kernels.triton import common
 
 MAX_QUERIES = 16  # more new tokens than this are a prefill: the forward kernel's work
-MAX_ROWS = 64  # query rows of a program; larger groups are cut
+ROW_BYTES = 16384  # of queries that a program holds; larger groups are cut into blocks of rows
 
 
 def unsupported(query, probe, key, value, mask, page_table, *, scale, block_sizes) -> str | None:
@@ -45,29 +45,53 @@ def decode(query, probe, key, value, mask: blocks.Mask, page_table, *, scale, bl
 
 
 def heuristic(query, key, value, mask: blocks.Mask, page_table) -> TritonDecodeBlockSizes:
-    """Splits until one wave of programs fills the device; small tiles where many programs share a multiprocessor."""
-    batch, num_queries, num_heads, _ = query.shape
-    num_kv_heads = key.shape[2]
-    rows = _Rows(num_queries, num_heads // num_kv_heads)
+    """Launches that fit registers and shared memory; splits until one wave of programs fills the device."""
+    batch, num_queries = query.shape[:2]
+    rows = _Rows.of(query, key, value)
     num_keys = key.shape[1] * (1 if page_table is None else page_table.shape[1])
     if mask.window is not None:
         num_keys = min(num_keys, mask.window + num_queries - 1)
-    programs = batch * num_kv_heads * rows.blocks
-    wide = max(common.padded(key.shape[3]), common.padded(value.shape[3])) * key.dtype.itemsize > 256
-    if programs >= 128:
-        return TritonDecodeBlockSizes(16 if wide else 32, 1, 2, 4)
-    splits = min(128 // programs, max(1, num_keys // 128))
-    return TritonDecodeBlockSizes(32 if wide else 64, 1 << (splits.bit_length() - 1), 4, 3)
+    programs = batch * key.shape[2] * rows.blocks
+    splits = max(1, min(128 // programs, num_keys // 128))
+    splits = 1 << (splits.bit_length() - 1)
+    if query.dtype.itemsize == 4:
+        return TritonDecodeBlockSizes(16, splits, 8, 3)
+    held = rows.size * _width(key, value)  # elements of each accumulator
+    if held > 2048:
+        return TritonDecodeBlockSizes(32, splits, 4 if held <= 4096 else 8, 3)
+    return TritonDecodeBlockSizes(32, 1, 2, 4) if splits == 1 else TritonDecodeBlockSizes(64, splits, 4, 3)
 
 
+def _width(key, value) -> int:
+    return max(common.padded(key.shape[3]), common.padded(value.shape[3]))
+
+
+@dataclasses.dataclass(frozen=True)
 class _Rows:
-    """The query rows of one kv head, token by token and head by head within a token, cut into blocks."""
+    """The query rows of one kv head, token by token and head by head within a token, cut into blocks.
 
-    def __init__(self, num_queries: int, group: int):
-        self.group = group
-        self.total = num_queries * group
-        self.size = min(max(16, pl.next_power_of_2(self.total)), MAX_ROWS)
-        self.blocks = pl.cdiv(self.total, self.size)
+    Attributes:
+      group: query heads of a kv head.
+      total: rows.
+      size: rows of a block, which one program holds.
+    """
+
+    group: int
+    total: int
+    size: int
+
+    @classmethod
+    def of(cls, query, key, value) -> "_Rows":
+        """As many rows a block as its accumulators have registers for."""
+        group = query.shape[2] // key.shape[2]
+        total = query.shape[1] * group
+        most = ROW_BYTES // (_width(key, value) * query.dtype.itemsize)
+        return cls(group, total, max(16, min(pl.next_power_of_2(total), most)))
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that hold all rows."""
+        return pl.cdiv(self.total, self.size)
 
     def read(self, block, kv):
         """(row, token, head) of each row of a block."""
@@ -171,7 +195,7 @@ def _merge_kernel(state_refs: tiles.State, out_ref, *, rows: _Rows):
 def _decode(query, probe, key, value, mask, page_table, *, scale, config: TritonDecodeBlockSizes, interpret: bool):
     batch, num_queries, num_heads, _ = query.shape
     page_size, num_kv_heads, value_dim = value.shape[1:]
-    rows = _Rows(num_queries, num_heads // num_kv_heads)
+    rows = _Rows.of(query, key, value)
     if page_table is not None:
         # The largest tile of which a page holds a whole number.
         config = dataclasses.replace(config, block_k=min(config.block_k, page_size & -page_size))
