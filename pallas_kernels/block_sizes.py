@@ -106,10 +106,15 @@ class MosaicTpuDecodeBlockSizes:
     """Tiles of the "mosaic_tpu" implementation of decode.
 
     Attributes:
-      block_k: keys fetched in one step, of all kv heads; with pages, of as many whole pages (at least one).
+      block_k: keys of all kv heads that one step reads, a multiple of 16; in pages as many whole pages, at least one,
+        or a part of a larger page.
     """
 
     block_k: int
+
+    def __post_init__(self):
+        if self.block_k < 16 or self.block_k % 16:
+            raise ValueError(f"block_k: must be a multiple of 16, got {self.block_k}")
 
 
 KIB = 1024

@@ -11,13 +11,15 @@ from pallas_kernels.mosaic_tpu import backward as _backward
 from pallas_kernels.mosaic_tpu import common
 from pallas_kernels.mosaic_tpu import forward as _forward
 
+NO_FLOAT16 = "query: the TPU compiler takes no float16; use bfloat16 or float32"
+
 
 def unsupported(query, probe, key, value, mask, *, scale, block_sizes) -> str | None:
     """Why this backend cannot run the call, or None."""
     if query.dtype == jnp.float64:
         return "query: float64 runs in 'reference' and 'xla' only"
     if query.dtype == jnp.float16 and device.target()[0] == "tpu":
-        return "query: TPUs have no float16; use bfloat16"
+        return NO_FLOAT16
     if block_sizes is not None and not isinstance(block_sizes, MosaicTpuBlockSizes):
         return f"block_sizes: needs MosaicTpuBlockSizes, got {type(block_sizes).__name__}"
     sizes = _sizes(query, value, block_sizes)

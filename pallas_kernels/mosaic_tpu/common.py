@@ -45,12 +45,14 @@ class Plan:
       codes: int32 (groups * capacity,), the steps of each group, as `read` unpacks them.
       size: int32 (), steps that the longest group takes; the others do nothing in their last steps.
       groups: 1 where all batch rows share a plan, else their number.
+      outer: outer blocks of a group.
       capacity: most steps that a group can take.
     """
 
     codes: jax.Array
     size: jax.Array
     groups: int
+    outer: int
     capacity: int
 
     def read(self, codes_ref, group, step) -> Step:
@@ -64,7 +66,7 @@ class Plan:
 def make_plan(bounds: blocks.Bounds, inner_blocks: int, capacity: int) -> Plan:
     """Lays out the tiles of `bounds` (groups, outer blocks) in order. An outer block without tiles takes one step."""
     bounds = blocks.Bounds(*(jnp.minimum(x, inner_blocks) for x in bounds))
-    groups = bounds.first.shape[0]
+    groups, outer_blocks = bounds.first.shape
     counts = jnp.maximum(bounds.last - bounds.first, 1)
     ends = jnp.cumsum(counts, axis=1, dtype=jnp.int32)
     total = ends[:, -1:]
@@ -83,7 +85,7 @@ def make_plan(bounds: blocks.Bounds, inner_blocks: int, capacity: int) -> Plan:
     flags |= flag(bounds.last > bounds.first, _WORK) | flag(masked, _MASKED)
     outer = lax.broadcasted_iota(jnp.int32, here.shape, 2)
     code = pick((outer << 17) | (inner << 4)) | jnp.where(wanted < total, pick(flags), 0)
-    return Plan(code.reshape(-1), jnp.max(total), groups, capacity)
+    return Plan(code.reshape(-1), jnp.max(total), groups, outer_blocks, capacity)
 
 
 def capacity(outer: int, inner: int, block_outer: int, block_inner: int, mask: blocks.Mask) -> int:
@@ -163,7 +165,7 @@ def _visible(sight: Limits, mask: blocks.Mask, row, key, shape, key_axis: int, r
     )
 
 
-def _keep_rows(x: jax.Array, count) -> jax.Array:
+def keep_rows(x: jax.Array, count) -> jax.Array:
     """`x` with zeros from row `count` on, whatever lies there. In float32: older TPUs select no narrower elements."""
     wide = x.astype(jnp.float32)
     return jnp.where(lax.broadcasted_iota(jnp.int32, x.shape, 0) < count, wide, 0.0).astype(x.dtype)
@@ -347,7 +349,7 @@ class Layout:
             shape = (self.block_q, self.block_k) if self.by_rows else (self.block_k, self.block_q)
             segments = [ref[...] for ref in segment_refs] or (None, None)
             visible = _visible(sight, self.mask, row, key, shape, 1 if self.by_rows else 0, *segments)
-            add(*(_keep_rows(ref[...], sight.end - key) for ref in (k_ref, v_ref)), visible)
+            add(*(keep_rows(ref[...], sight.end - key) for ref in (k_ref, v_ref)), visible)
 
         @pl.when(step.work & ~step.masked)
         def _():
