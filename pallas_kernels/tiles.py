@@ -86,6 +86,22 @@ def _nonzero(d1: jax.Array) -> jax.Array:
     return jnp.where(d1 == 0, 1.0, d1)
 
 
+def weigh(
+    state: State, s1: jax.Array, s2: jax.Array, c: float, visible: jax.Array | None
+) -> tuple[State, jax.Array, jax.Array]:
+    """The first half of `update`: the state moved to the tile's maximum and mean, and the weights p and p (t - t_mean).
+
+    What is left to do is to add the products of these weights with the tile's values to o1 and o2.
+    """
+    m, a, p = softmax_weights(state.m, s1, c, visible)
+    old = a * state.d1
+    d1 = old + jnp.sum(p, axis=-1)
+    t_mean = (old * state.t_mean + jnp.sum(p * s2, axis=-1)) / _nonzero(d1)
+    o1 = spread(a, state.o1) * state.o1
+    o2 = spread(a, state.o2) * state.o2 + spread(state.t_mean - t_mean, o1) * o1
+    return State(m, d1, t_mean, o1, o2), p, p * (s2 - spread(t_mean, s2))
+
+
 def update(
     state: State,
     s1: jax.Array,
@@ -104,14 +120,8 @@ def update(
       visible: (rows, keys) bool, or None where every key is visible.
       times_value: multiplies float32 weights (rows, keys) with the tile's values (keys, Hv), in float32.
     """
-    m, a, p = softmax_weights(state.m, s1, c, visible)
-    old = a * state.d1
-    d1 = old + jnp.sum(p, axis=-1)
-    t_mean = (old * state.t_mean + jnp.sum(p * s2, axis=-1)) / _nonzero(d1)
-    o1 = spread(a, state.o1) * state.o1
-    o2 = spread(a, state.o2) * state.o2 + spread(state.t_mean - t_mean, o1) * o1
-    p2 = p * (s2 - spread(t_mean, s2))
-    return State(m, d1, t_mean, o1 + times_value(p), o2 + times_value(p2))
+    state, p, p2 = weigh(state, s1, s2, c, visible)
+    return state._replace(o1=state.o1 + times_value(p), o2=state.o2 + times_value(p2))
 
 
 def from_fixed_centre(

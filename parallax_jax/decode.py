@@ -11,6 +11,7 @@ from parallax_jax.reference import parallax_reference
 # Name -> (module with `unsupported` and `decode`, platforms on which None may choose it), fastest first.
 BACKENDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "triton": ("pallas_kernels.triton.decode", ("gpu",)),
+    "mosaic_tpu": ("pallas_kernels.mosaic_tpu.decode", ("tpu",)),
     "xla": ("parallax_jax.xla_decode", ("cpu", "gpu", "tpu")),
 }
 
@@ -108,8 +109,9 @@ def _reference(query, probe, key, value, mask: Mask, page_table, scale):
             local_window_size=mask.window,
         )[0]
 
-    offset = mask.lengths - query.shape[1] if mask.offset is None else mask.offset
-    return jax.vmap(one)(offset, mask.lengths, query, probe, key, value)
+    lengths = jnp.minimum(mask.lengths, key.shape[1])
+    offset = lengths - query.shape[1] if mask.offset is None else mask.offset
+    return jax.vmap(one)(offset, lengths, query, probe, key, value)
 
 
 def _check_cache(query, probe, key_cache, value_cache, lengths, page_table) -> None:

@@ -43,9 +43,10 @@ def decode(query, probe, key, value, mask: blocks.Mask, page_table, *, scale, bl
 
     grouped = (batch, num_queries, num_kv_heads, num_heads // num_kv_heads, head_dim)
     q, r = (x.reshape(grouped) for x in (query, probe))
+    length = jnp.minimum(mask.lengths, num_keys)
     sight = {
-        "offset": mask.lengths - num_queries if mask.offset is None else mask.offset,
-        "length": jnp.minimum(mask.lengths, num_keys),
+        "offset": length - num_queries if mask.offset is None else mask.offset,
+        "length": length,
         "is_causal": True,
         "window": mask.window,
     }

@@ -132,6 +132,15 @@ class DecodeConformance:
         out = self.decode(*new, key, value, lengths, local_window_size=20)
         assert error(out, np.stack([whole[0, 61:63], whole[1, 29:31]])) <= 5e-6
 
+    @pytest.mark.parametrize("new", [1, 20])
+    def test_a_length_over_the_capacity_counts_as_the_capacity(self, new):
+        rng = np.random.default_rng(8)
+        query, probe = (jnp.asarray(rng.normal(size=(2, new, 2, 16)), jnp.float32) for _ in range(2))
+        key, value = (jnp.asarray(rng.normal(size=(2, 32, 1, 16)), jnp.float32) for _ in range(2))
+        operands = (query, probe, key, value)
+        out = self.decode(*operands, jnp.asarray([99, 30], jnp.int32))
+        np.testing.assert_array_equal(out, self.decode(*operands, jnp.asarray([32, 30], jnp.int32)))
+
     def test_new_lengths_and_pages_compile_nothing(self):
         case = next(c for c in CASES if c.name == "paged_step_float16")
         operands, lengths, table = draw(case)

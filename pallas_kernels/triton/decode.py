@@ -59,7 +59,9 @@ def heuristic(query, key, value, mask: blocks.Mask, page_table) -> TritonDecodeB
     held = rows.size * _width(key, value)  # elements of each accumulator
     if held > 2048:
         return TritonDecodeBlockSizes(32, splits, 4 if held <= 4096 else 8, 3)
-    return TritonDecodeBlockSizes(32, 1, 2, 4) if splits == 1 else TritonDecodeBlockSizes(64, splits, 4, 3)
+    if splits == 1:
+        return TritonDecodeBlockSizes(32, 1, 2, 4 if _width(key, value) <= 128 else 3)
+    return TritonDecodeBlockSizes(64 if _width(key, value) <= 128 else 32, splits, 4, 3)
 
 
 def _width(key, value) -> int:
@@ -73,7 +75,8 @@ class _Rows:
     Attributes:
       group: query heads of a kv head.
       total: rows.
-      size: rows of a block, which one program holds.
+      size: rows of a block, which one program holds. 8 where they are so few that queries and probes fit one tile of a
+        tensor core together.
     """
 
     group: int
@@ -86,23 +89,22 @@ class _Rows:
         group = query.shape[2] // key.shape[2]
         total = query.shape[1] * group
         most = ROW_BYTES // (_width(key, value) * query.dtype.itemsize)
-        return cls(group, total, max(16, min(pl.next_power_of_2(total), most)))
+        return cls(group, total, 8 if total <= 8 else max(16, min(pl.next_power_of_2(total), most)))
 
     @property
     def blocks(self) -> int:
         """Blocks that hold all rows."""
         return pl.cdiv(self.total, self.size)
 
-    def read(self, block, kv):
-        """(row, token, head) of each row of a block."""
-        row = block * self.size + jnp.arange(self.size)
+    def read(self, row, kv):
+        """(token, head) of rows of kv head `kv`."""
         token, member = _divmod(row, self.group)
-        return row, token, kv * self.group + member
+        return token, kv * self.group + member
 
-    def spread(self, width: int, *per_row):
+    def spread(self, width: int, row, *per_row):
         """Per-row values, column indices and whether row and column exist, as tiles (rows, padded width)."""
-        shape = (self.size, common.padded(width))
-        row, *others = (lax.broadcast_in_dim(x, shape, (0,)) for x in per_row)
+        shape = (row.shape[0], common.padded(width))
+        row, *others = (lax.broadcast_in_dim(x, shape, (0,)) for x in (row, *per_row))
         column = lax.broadcasted_iota(jnp.int32, shape, 1)
         return row, *others, column, (row < self.total) & (column < width)
 
@@ -110,6 +112,21 @@ class _Rows:
 def _divmod(x, y: int):
     """Quotient and remainder of x >= 0, without the sign handling of // and %."""
     return lax.div(x, y), lax.rem(x, y)
+
+
+def _stack(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Two (8, n) tiles as one (16, n). In a tensor core's layout rows i and i + 8 share a thread: nothing moves."""
+    shape = (2, *x.shape)
+    first = lax.broadcasted_iota(jnp.int32, shape, 0) == 0
+    x, y = (lax.broadcast_in_dim(z, shape, (1, 2)) for z in (x, y))
+    return jnp.where(first, x, y).reshape(16, x.shape[2])
+
+
+def _unstack(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The two (8, n) halves of a (16, n) tile."""
+    x = x.reshape(2, 8, x.shape[1])
+    first = lax.broadcasted_iota(jnp.int32, x.shape, 0) == 0
+    return jnp.sum(jnp.where(first, x, 0.0), axis=0), jnp.sum(jnp.where(first, 0.0, x), axis=0)
 
 
 def _kernel(q_ref, r_ref, k_ref, v_ref, mask, pages_ref, *out_refs, config, scale, rows: _Rows):
@@ -121,10 +138,29 @@ def _kernel(q_ref, r_ref, k_ref, v_ref, mask, pages_ref, *out_refs, config, scal
     program, block = _divmod(program, rows.blocks)
     b, kv = _divmod(program, num_kv_heads)
 
-    row, token, head = rows.read(block, kv)
-    _, tokens, heads, columns, inside = rows.spread(q_ref.shape[3], row, token, head)
-    q, r = (plt.load(ref.at[b, tokens, heads, columns], mask=inside, other=0.0) for ref in (q_ref, r_ref))
-    precision = tiles.dot_precision(q.dtype)
+    row = block * rows.size + jnp.arange(rows.size)
+    token, head = rows.read(row, kv)
+    precision = tiles.dot_precision(q_ref.dtype)
+    dot = functools.partial(common.dot, precision=precision)
+    if rows.size == 8:
+        # Rows 0 to 7 of one tile are queries, the others their probes: each product with keys or values is one.
+        both = jnp.arange(16)
+        each = lax.rem(both, 8)
+        half, tokens, heads, columns, inside = rows.spread(q_ref.shape[3], each, *rows.read(each, kv))
+        is_query = lax.broadcast_in_dim(both < 8, half.shape, (0,))
+        masks = (inside & is_query, inside & ~is_query)
+        q, r = (
+            plt.load(ref.at[b, tokens, heads, columns], mask=mask, other=0.0)
+            for ref, mask in zip((q_ref, r_ref), masks, strict=True)
+        )
+        qr = q + r
+        scores = lambda k: _unstack(dot(qr, k))
+        times_value = lambda p, p2, v: _unstack(dot(_stack(p, p2).astype(v.dtype), v))
+    else:
+        _, tokens, heads, columns, inside = rows.spread(q_ref.shape[3], row, token, head)
+        q, r = (plt.load(ref.at[b, tokens, heads, columns], mask=inside, other=0.0) for ref in (q_ref, r_ref))
+        scores = lambda k: (dot(q, k), dot(r, k))
+        times_value = lambda p, p2, v: (dot(p.astype(v.dtype), v), dot(p2.astype(v.dtype), v))
 
     length = jnp.minimum(mask.lengths[b], num_keys)
     offset = (length - num_queries) if mask.offset is None else mask.offset[b]
@@ -154,11 +190,11 @@ def _kernel(q_ref, r_ref, k_ref, v_ref, mask, pages_ref, *out_refs, config, scal
             num_queries=None,
             **sight,
         )
-        s1, s2 = common.dot(q, k, precision), common.dot(r, k, precision)
-        times_value = lambda p: common.dot(p.astype(v.dtype), v, precision)
+        state, p, p2 = tiles.weigh(state, *scores(k), scale * tiles.LOG2_E, visible)
+        pv, p2v = times_value(p, p2, v)
         # The next page is looked up a tile ahead: loads that wait for a load cannot be pipelined.
         sequence = b if pages_ref is None else page_of(j + 1)
-        return sequence, tiles.update(state, s1, s2, scale * tiles.LOG2_E, visible, times_value)
+        return sequence, state._replace(o1=state.o1 + pv, o2=state.o2 + p2v)
 
     state = tiles.initial_state((rows.size,), common.padded(value_dim))
     first = b if pages_ref is None else page_of(start)
@@ -187,8 +223,7 @@ def _merge_kernel(state_refs: tiles.State, out_ref, *, rows: _Rows):
     values = lambda ref: plt.load(ref.at[b, kv, row, splits, columns], mask=spread, other=0.0)
     states = (values(ref) if ref.ndim == 5 else ref[b, kv, row, splits] for ref in state_refs)
     out, *_ = tiles.finish(tiles.merge(tiles.State(*states)))
-    token, member = _divmod(row, rows.group)
-    head = kv * rows.group + member
+    token, head = rows.read(row, kv)
     plt.store(out_ref.at[b, token, head, columns], out.astype(out_ref.dtype), mask=inside)
 
 
@@ -232,5 +267,6 @@ def _prefill(query, probe, key, value, mask, page_table, *, scale):
         sequence_mask = blocks.Mask(offset, length[None], window=mask.window)
         return triton.forward(*(x[None] for x in operands), sequence_mask, scale=scale, block_sizes=None)[0][0]
 
-    offset = mask.lengths - query.shape[1] if mask.offset is None else mask.offset
-    return jax.vmap(one)(offset, mask.lengths, query, probe, key, value)
+    lengths = jnp.minimum(mask.lengths, key.shape[1])
+    offset = lengths - query.shape[1] if mask.offset is None else mask.offset
+    return jax.vmap(one)(offset, lengths, query, probe, key, value)
