@@ -4,6 +4,7 @@ from parallax_jax.attention import parallax_attention
 from parallax_jax.decode import parallax_decode
 from parallax_jax.layers import ParallaxAttention
 from parallax_jax.model import ModelConfig, TransformerLM
+from parallax_jax.pretrained import load_pretrained, save_pretrained
 from parallax_jax.reference import parallax_reference
 from parallax_jax.sampling import generate
 
@@ -15,7 +16,9 @@ __all__ = [
     "TransformerLM",
     "__version__",
     "generate",
+    "load_pretrained",
     "parallax_attention",
     "parallax_decode",
     "parallax_reference",
+    "save_pretrained",
 ]

@@ -81,7 +81,7 @@ class ParallaxAttention(nn.Module):
       use_bias: give every projection a bias; "qkv": all but the output's.
       local_window_size: most recent keys seen, the diagonal included; None for all.
       rope_theta: base of the rotary frequencies.
-      norm_eps: epsilon of the norms.
+      norm_eps: epsilon of the norms of query, probe and key.
       out_init_std: initial standard deviation of the output projection.
       dtype: dtype of the computation.
       param_dtype: dtype of the parameters.

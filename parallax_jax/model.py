@@ -47,6 +47,7 @@ class ModelConfig:
         layer; layers that differ cannot be scanned over.
       rope_theta: base of the rotary frequencies.
       norm_eps: epsilon of every norm.
+      qk_norm_eps: epsilon of the norms of query, probe and key instead; None for `norm_eps`.
       tie_embeddings: use the embedding as the output projection.
       dtype: dtype of the computation; logits are float32 in any case.
       param_dtype: dtype of the parameters.
@@ -76,6 +77,7 @@ class ModelConfig:
     local_window_size: int | tuple[int | None, ...] | None = None
     rope_theta: float = 1e6
     norm_eps: float = 1e-6
+    qk_norm_eps: float | None = None
     tie_embeddings: bool = True
     dtype: str = "float32"
     param_dtype: str = "float32"
@@ -99,6 +101,7 @@ class ModelConfig:
         self._check("use_bias", self.use_bias in (False, True, "attention", "qkv"), "a bool, 'attention' or 'qkv'")
         self._check("rope_theta", self.rope_theta > 0, "a number > 0")
         self._check("norm_eps", self.norm_eps > 0, "a number > 0")
+        self._check("qk_norm_eps", self.qk_norm_eps is None or self.qk_norm_eps > 0, "None or a number > 0")
         allowed = {"attention": ("parallax", "softmax"), "remat": tuple(REMAT_POLICIES)}
         for name, values in {**allowed, "dtype": floats, "param_dtype": floats}.items():
             self._check(name, getattr(self, name) in values, "one of " + ", ".join(values))
@@ -153,7 +156,7 @@ class Block(nn.Module):
             use_bias="qkv" if c.use_bias == "qkv" else bool(c.use_bias),
             local_window_size=self.local_window_size,
             rope_theta=c.rope_theta,
-            norm_eps=c.norm_eps,
+            norm_eps=c.norm_eps if c.qk_norm_eps is None else c.qk_norm_eps,
             implementation=c.implementation,
             name="attention",
             **shared,

@@ -242,6 +242,7 @@ def test_works_through_the_nnx_bridge():
         ("use_bias", "mlp", "a bool, 'attention' or 'qkv'"),
         ("rope_theta", -1.0, "a number > 0"),
         ("norm_eps", 0.0, "a number > 0"),
+        ("qk_norm_eps", 0.0, "None or a number > 0"),
     ],
 )
 def test_bad_config_names_field_value_and_allowed(field, value, allowed):
