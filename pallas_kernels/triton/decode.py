@@ -56,12 +56,15 @@ def heuristic(query, key, value, mask: blocks.Mask, page_table) -> TritonDecodeB
     splits = 1 << (splits.bit_length() - 1)
     if query.dtype.itemsize == 4:
         return TritonDecodeBlockSizes(16, splits, 8, 3)
-    held = rows.size * _width(key, value)  # elements of each accumulator
+    width = _width(key, value)
+    held = rows.size * width  # elements of each accumulator
+    if held > 4096:
+        return TritonDecodeBlockSizes(32 if width <= 128 else 16, splits, 8, 3)
     if held > 2048:
-        return TritonDecodeBlockSizes(32, splits, 4 if held <= 4096 else 8, 3)
+        return TritonDecodeBlockSizes(32, splits, 4, 3)
     if splits == 1:
-        return TritonDecodeBlockSizes(32, 1, 2, 4 if _width(key, value) <= 128 else 3)
-    return TritonDecodeBlockSizes(64 if _width(key, value) <= 128 else 32, splits, 4, 3)
+        return TritonDecodeBlockSizes(32, 1, 2, 4 if width <= 128 else 3)
+    return TritonDecodeBlockSizes(64 if width <= 128 else 32, splits, 4, 3)
 
 
 def _width(key, value) -> int:
