@@ -19,6 +19,7 @@ from parallax_jax.reference import parallax_reference
 # Name -> (module with `unsupported`, `forward` and `backward`, platforms on which None may choose it), fastest first.
 BACKENDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "triton": ("pallas_kernels.triton", ("gpu",)),
+    "mosaic_tpu": ("pallas_kernels.mosaic_tpu", ("tpu",)),
     "xla": ("parallax_jax.xla", ("cpu", "gpu", "tpu")),
 }
 MAX_HEAD_DIM = 256

@@ -145,11 +145,11 @@ class Conformance:
         lengths = [50, 1, 60]
         operands = self.operands(rng, queries=sum(lengths))
         ids = jnp.asarray(np.repeat([3, 4, 9], lengths), jnp.int32)[None]
-        packed = compare.value_and_gradients(functools.partial(self.attention, segment_ids=ids), operands, operands[3])
+        packed = compare.value_and_gradients(functools.partial(self.attention, segment_ids=ids), operands, operands[0])
         start = 0
         for length in lengths:
             apart = [x[:, start : start + length] for x in operands]
-            results = compare.value_and_gradients(self.attention, apart, apart[3])
+            results = compare.value_and_gradients(self.attention, apart, apart[0])
             for name, x, y in zip(compare.RESULTS, packed, results, strict=True):
                 assert compare.relative_error(x[:, start : start + length], y) <= self.bound(), name
             start += length
