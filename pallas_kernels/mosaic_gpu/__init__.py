@@ -37,21 +37,34 @@ def _width(query, value) -> int:
     return next(w for w in WIDTHS if max(query.shape[-1], value.shape[-1]) <= w)
 
 
+def _interpret() -> bool:
+    """On a CPU the kernels run in Pallas' interpreter. Decided by the device traced for: its callbacks are ordered, and
+    JAX cannot choose between branches with and without ordered effects when it lowers."""
+    return device.target()[0] == "cpu"
+
+
+def _config(key, query, mask, block_sizes) -> MosaicGpuBlockSizes:
+    # With two stages, ptxas runs out of registers in the column pass of full masks over shared keys and serialises it.
+    grouped = key.shape[2] < query.shape[2]
+    return block_sizes or MosaicGpuBlockSizes(column_stages=3 if grouped and not mask.is_causal else 2)
+
+
 def forward(query, probe, key, value, mask, *, scale, block_sizes):
     """Returns (out, v_mean, lse, t_mean); see `pallas_kernels.tiles.finish`."""
-    config = block_sizes or MosaicGpuBlockSizes()
+    config = _config(key, query, mask, block_sizes)
     kernel = functools.partial(_forward.forward, scale=scale, stages=config.forward_stages)
     operands = _pad(_width(query, value), query, probe, key, value)
-    out, v_mean, lse, t_mean = device.run(kernel, *operands, mask)
+    out, v_mean, lse, t_mean = kernel(*operands, mask, interpret=_interpret())
     return out[..., : value.shape[-1]], v_mean[..., : value.shape[-1]], lse, t_mean
 
 
 def backward(query, probe, key, value, mask, out, v_mean, lse, t_mean, dout, *, scale, block_sizes):
     """Returns (dquery, dprobe, dkey, dvalue)."""
-    config = block_sizes or MosaicGpuBlockSizes()
+    config = _config(key, query, mask, block_sizes)
     stages = dict(row_stages=config.row_stages, column_stages=config.column_stages)
     kernel = functools.partial(_backward.backward, scale=scale, **stages)
     width = _width(query, value)
     operands = _pad(width, query, probe, key, value)
-    gradients = device.run(kernel, *operands, mask, *_pad(width, out, v_mean), lse, t_mean, *_pad(width, dout))
+    results = *_pad(width, out, v_mean), lse, t_mean, *_pad(width, dout)
+    gradients = kernel(*operands, mask, *results, interpret=_interpret())
     return tuple(g[..., : x.shape[-1]] for g, x in zip(gradients, (query, probe, key, value), strict=True))
