@@ -1,12 +1,15 @@
 """The Parallax attention layer in flax.linen, with the RMSNorm and rotary embedding it uses."""
 
 import functools
+import math
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import device
 from parallax_jax.attention import parallax_attention
 from parallax_jax.cache import KVCache
 
@@ -21,6 +24,18 @@ def kernel_init(axes: tuple[str, ...], std: float = INIT_STD):
 def bias_init(axes: tuple[str, ...]):
     """Zero initialiser whose parameter carries the logical axis names `axes`."""
     return nn.with_logical_partitioning(nn.initializers.zeros_init(), axes)
+
+
+def _dot_general(x: Array, kernel: Array, dimension_numbers, precision=None) -> Array:
+    """`lax.dot_general` for projections: on a GPU a single row gets company.
+
+    XLA turns a vector's product with a matrix into elementwise products, which it writes out before it sums them.
+    """
+    rows = x.shape[: x.ndim - len(dimension_numbers[0][0])]
+    if math.prod(rows) > 1 or device.target()[0] not in ("gpu", "cuda"):
+        return lax.dot_general(x, kernel, dimension_numbers, precision)
+    padded = jnp.pad(x, [(0, 15)] + [(0, 0)] * (x.ndim - 1))
+    return lax.dot_general(padded, kernel, dimension_numbers, precision)[:1]
 
 
 class RMSNorm(nn.Module):
@@ -145,6 +160,7 @@ class ParallaxAttention(nn.Module):
                 param_dtype=self.param_dtype,
                 kernel_init=kernel_init(("embed", axis, "head_dim")),
                 bias_init=bias_init((axis, "head_dim")),
+                dot_general=_dot_general,
                 name=name,
             )(x)
             if norm:
@@ -178,6 +194,7 @@ class ParallaxAttention(nn.Module):
             param_dtype=self.param_dtype,
             kernel_init=kernel_init(("heads", "head_dim", "embed"), self.out_init_std),
             bias_init=bias_init(("embed",)),
+            dot_general=_dot_general,
             name="out",
         )(out)
         return out, cache
@@ -203,7 +220,8 @@ class SwiGLU(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Returns the layer's output, of the width of `x`, in `dtype`."""
-        dense = functools.partial(nn.Dense, use_bias=self.use_bias, dtype=self.dtype, param_dtype=self.param_dtype)
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        dense = functools.partial(nn.Dense, use_bias=self.use_bias, dot_general=_dot_general, **dtypes)
         wide = functools.partial(
             dense, self.mlp_width, kernel_init=kernel_init(("embed", "mlp")), bias_init=bias_init(("mlp",))
         )
