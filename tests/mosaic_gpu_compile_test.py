@@ -1,0 +1,63 @@
+"""ptxas on the Hopper kernels, without a GPU: the products overlap, none waits for registers."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from pallas_kernels import blocks, mosaic_gpu
+from tests.gpus import gpu_devices
+
+pytestmark = pytest.mark.compile
+
+BATCH, LENGTH, HEADS = 2, 1024, 4
+SERIALISED = re.compile(r"\(C751[0-68-9]\)[^\n]*serialized")
+
+
+def compile_kernels(is_causal=True, window=None, packed=False, ragged=False, kv_heads=2, width=128, dtype=jnp.bfloat16):
+    """Compiles forward and backward for an H100."""
+    mesh = jax.sharding.Mesh(gpu_devices(1), ("x",))
+    replicated = NamedSharding(mesh, PartitionSpec())
+
+    def run(query, probe, key, value, dout, offset, lengths, segments):
+        mask = blocks.Mask(offset, lengths if ragged else None, segments if packed else None, is_causal, window)
+        operands = query, probe, key, value, mask
+        static = dict(scale=width**-0.5, block_sizes=None)
+        results = mosaic_gpu.forward(*operands, **static)
+        return results[0], mosaic_gpu.backward(*operands, *results, dout, **static)
+
+    query, key = (
+        jax.ShapeDtypeStruct((BATCH, LENGTH, n, width), dtype, sharding=replicated) for n in (HEADS, kv_heads)
+    )
+    integers = (jax.ShapeDtypeStruct(s, jnp.int32, sharding=replicated) for s in ((), (BATCH,), (BATCH, LENGTH)))
+    with jax.set_mesh(mesh):
+        jax.jit(run).trace(query, query, key, key, query, *integers).lower(lowering_platforms=("cuda",)).compile()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        dict(),
+        dict(kv_heads=4),
+        dict(is_causal=False),
+        dict(is_causal=False, kv_heads=4),
+        dict(window=300),
+        dict(packed=True),
+        dict(ragged=True),
+        dict(ragged=True, is_causal=False),
+        dict(window=300, packed=True, ragged=True),
+        dict(dtype=jnp.float16),
+        dict(width=64),
+        dict(width=64, window=300, packed=True, ragged=True),
+    ],
+    ids=lambda call: "-".join(f"{name}_{getattr(x, '__name__', x)}" for name, x in call.items()) or "causal",
+)
+def test_products_overlap(call, monkeypatch, capfd):
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    compile_kernels(**call)
+    report = capfd.readouterr()
+    report = report.out + report.err
+    assert report.count("Compiling entry function") == 3
+    assert not SERIALISED.findall(report)
