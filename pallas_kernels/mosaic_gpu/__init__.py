@@ -24,7 +24,7 @@ def unsupported(query, probe, key, value, mask, *, scale, block_sizes) -> str | 
     if block_sizes is not None and not isinstance(block_sizes, MosaicGpuBlockSizes):
         return f"block_sizes: needs MosaicGpuBlockSizes, got {type(block_sizes).__name__}"
     platform, kind = device.target()
-    if platform in ("gpu", "cuda") and not any(name in kind for name in HOPPER):
+    if platform != "cpu" and not any(name in kind for name in HOPPER):
         return f"implementation: needs a Hopper GPU (wgmma), got {kind}"
     return None
 
