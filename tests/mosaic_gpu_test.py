@@ -7,8 +7,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from pallas_kernels import blocks, mosaic_gpu
-from pallas_kernels.block_sizes import XlaBlockSizes
-from pallas_kernels.mosaic_gpu.block_sizes import MosaicGpuBlockSizes
+from pallas_kernels.block_sizes import MosaicGpuBlockSizes, XlaBlockSizes
 from parallax_jax import attention, compare
 from parallax_jax.workloads import BY_NAME, CONFORMANCE, Workload
 

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import device
+from pallas_kernels.block_sizes import MosaicGpuBlockSizes
 from pallas_kernels.mosaic_gpu import backward as _backward
 from pallas_kernels.mosaic_gpu import forward as _forward
-from pallas_kernels.mosaic_gpu.block_sizes import MosaicGpuBlockSizes
 
 WIDTHS = 64, 128  # of heads and values; others are padded with zeros
 HOPPER = "H100", "H200", "H800", "H20", "GH200"
