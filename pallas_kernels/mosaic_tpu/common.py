@@ -121,7 +121,7 @@ def limits(mask: blocks.Mask, batch: int, num_queries: int, num_keys: int) -> Li
     return Limits(offset, length, blocks.visible_end(offset, num_queries, length, mask.is_causal))
 
 
-def _attention_plan(
+def attention_plan(
     mask: blocks.Mask, sight: Limits, num_queries: int, num_keys: int, block_q: int, block_k: int, by_rows: bool
 ) -> Plan:
     """The plan with row blocks outside (`blocks.key_bounds`) or with key blocks outside (`blocks.row_bounds`)."""
@@ -262,7 +262,7 @@ class Layout:
         block_q = min(config.block_q, round_up(num_queries, LANES))
         block_k = min(config.block_k, round_up(num_keys, LANES))
         sight = limits(mask, batch, num_queries, num_keys)
-        plan = _attention_plan(mask, sight, num_queries, num_keys, block_q, block_k, by_rows)
+        plan = attention_plan(mask, sight, num_queries, num_keys, block_q, block_k, by_rows)
         return cls(plan, sight, mask, block_q, block_k, num_heads // num_kv_heads, by_rows)
 
     def _spec(self, shape, at) -> pl.BlockSpec:
