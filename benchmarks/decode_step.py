@@ -60,6 +60,8 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=4096, help="tokens in the cache")
     parser.add_argument("--json", help="write the rows here")
     args = parser.parse_args()
+    if jax.default_backend() != "gpu":
+        parser.error(f"times a GPU, and this is a {jax.default_backend()}")
     bandwidth = read_bandwidth()
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, read bandwidth {bandwidth / 1e12:.2f} TB/s")
     rows = []

@@ -32,7 +32,7 @@ def _dot_general(x: Array, kernel: Array, dimension_numbers, precision=None) -> 
     XLA turns a vector's product with a matrix into elementwise products, which it writes out before it sums them.
     """
     rows = x.shape[: x.ndim - len(dimension_numbers[0][0])]
-    if math.prod(rows) > 1 or device.target()[0] not in ("gpu", "cuda"):
+    if math.prod(rows) > 1 or device.target()[0] != "gpu":
         return lax.dot_general(x, kernel, dimension_numbers, precision)
     padded = jnp.pad(x, [(0, 15)] + [(0, 0)] * (x.ndim - 1))
     return lax.dot_general(padded, kernel, dimension_numbers, precision)[:1]
