@@ -10,14 +10,16 @@ import pkgutil
 import sys
 import typing
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 
 import configs
 from parallax_jax.model import ModelConfig
+from parallax_jax.pretrained import pretrained_config
 
-BYTE_VOCAB_SIZE = 257
+NUM_BYTES = 256
 
 
 class ConfigError(Exception):
@@ -67,6 +69,12 @@ class OptimizerConfig:
     """Learning rate of the embedding and the output projection, relative to `learning_rate`."""
     norm_rate: float = 0.015
     """Learning rate of norms and biases, relative to `learning_rate`."""
+    probe_norm_rate: float | None = None
+    """Learning rate of the probe's norm, relative to `learning_rate`; None for `norm_rate`."""
+    probe_rate: float = 1.0
+    """Learning rate of the probe's projection, relative to its group's."""
+    base_rate: float = 1.0
+    """Learning rate of all but the probe, relative to their groups'; 0 freezes them and trains the probe alone."""
 
     def __post_init__(self):
         _require(self.learning_rate > 0, f"optimizer.learning_rate={self.learning_rate}: it must be above 0")
@@ -96,12 +104,18 @@ class Config:
     """A training run."""
 
     model: ModelConfig
+    init_from: str | None = None
+    """Hugging Face folder of a pretrained model to start from. The model's shape becomes that of the folder, and its
+    tokenizer.json is used if it has one; a Qwen3 becomes what model.attention says."""
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
     data: str | None = None
     """Text file or folder to train on; None for the source of Python's own standard library."""
-    tokenizer: Literal["bytes", "bpe"] = "bytes"
-    """Bytes, or byte-level BPE of model.vocab_size tokens trained on the training split."""
+    tokenizer: Literal["bytes", "bpe", "pretrained"] = "bytes"
+    """Bytes, or byte-level BPE of model.vocab_size tokens trained on the training split; pretrained: tokenizer.json of
+    `init_from`, which is set for you."""
+    separator: int | None = None
+    """Token that parts documents; None for the tokenizer's own. With a pretrained tokenizer its end of text."""
     seq_len: int = 256
     """Tokens of a row."""
     batch_size: int = 32
@@ -120,6 +134,8 @@ class Config:
     """Steps between two looks at the validation split."""
     eval_batches: int = 8
     """Batches of such a look; the last one, after training, takes the whole split."""
+    diagnose_rows: int = 0
+    """Rows of the validation split whose attention each look describes, layer by layer, in the metrics; 0 for none."""
     checkpoint_interval: int = 100
     """Steps between two checkpoints."""
     keep_checkpoints: int = 3
@@ -135,14 +151,22 @@ class Config:
             *("eval_batches", "checkpoint_interval"),
         ):
             _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: it must be 1 or more")
+        _require(self.diagnose_rows >= 0, f"diagnose_rows={self.diagnose_rows}: it must be 0 or more")
         _require(self.keep_checkpoints >= 2, f"keep_checkpoints={self.keep_checkpoints}: it must be 2 or more")
         _require(
             self.batch_size % self.accumulation_steps == 0,
             f"batch_size={self.batch_size}: it must be a multiple of accumulation_steps={self.accumulation_steps}",
         )
+        # A model of 256 tokens has none to spare for the separator: the NUL byte, which no text has, serves as it.
+        least = NUM_BYTES + (self.tokenizer == "bpe")
+        if self.tokenizer != "pretrained":
+            _require(
+                self.model.vocab_size >= least, f"model.vocab_size={self.model.vocab_size}: it must be {least} or more"
+            )
+        _require(self.tokenizer != "pretrained" or self.init_from is not None, "tokenizer='pretrained': set init_from")
         _require(
-            self.model.vocab_size >= BYTE_VOCAB_SIZE,
-            f"model.vocab_size={self.model.vocab_size}: it must be {BYTE_VOCAB_SIZE} or more",
+            self.optimizer.base_rate > 0 or self.model.attention == "parallax",
+            "optimizer.base_rate=0.0: it must be above 0 for a model without a probe",
         )
         _require(self.model.dtype == "float32", f"model.dtype={self.model.dtype!r}: set dtype instead")
 
@@ -150,6 +174,26 @@ class Config:
         """The model with its dtype decided for `platform` ("cpu", "gpu", "tpu")."""
         auto = "float32" if platform == "cpu" else "bfloat16"
         return dataclasses.replace(self.model, dtype=auto if self.dtype == "auto" else self.dtype)
+
+    def pretrained(self) -> "Config":
+        """This run with the shape and the tokenizer of the folder that `init_from` names; itself where it names none.
+
+        Raises:
+          ConfigError: the folder cannot be used.
+        """
+        if self.init_from is None:
+            return self
+        folder = Path(self.init_from)
+        try:
+            model = pretrained_config(folder, attention=self.model.attention, dtype="float32")
+            model = dataclasses.replace(model, remat=self.model.remat, implementation=self.model.implementation)
+            changes = {"model": model}
+            if (folder / "tokenizer.json").exists():
+                separator = end_of_text(folder) if self.separator is None else self.separator
+                changes |= {"tokenizer": "pretrained", "separator": separator}
+            return dataclasses.replace(self, **changes)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"init_from={self.init_from!r}: {error}") from None
 
     def to_json(self) -> str:
         """The configuration as JSON."""
@@ -159,6 +203,20 @@ class Config:
     def from_json(cls, text: str) -> "Config":
         """Inverse of `to_json`; TypeError or ValueError where the text is not a configuration."""
         return _from_dict(cls, json.loads(text))
+
+
+def end_of_text(folder: Path) -> int:
+    """Id of the token with which a pretrained model ends a text.
+
+    Raises:
+      ValueError: the folder does not say.
+    """
+    for name in ("config.json", "generation_config.json"):
+        if (folder / name).exists():
+            ids = json.loads((folder / name).read_text()).get("eos_token_id")
+            if ids is not None:
+                return ids[0] if isinstance(ids, list) else ids
+    raise ValueError("config.json has no eos_token_id, which parts documents: pass --separator ID")
 
 
 def _from_dict(cls: type, values: dict[str, Any]):
@@ -205,13 +263,13 @@ def parse_command_line(argv: Sequence[str]) -> tuple[str, Config]:
     """Reads `[PRESET] [--flags]` into the preset's name and its configuration with the flags applied.
 
     Raises:
-      ConfigError: unknown preset or flag, or a value that is not allowed.
+      ConfigError: unknown preset or flag, a value that is not allowed, or a pretrained folder that cannot be used.
       SystemExit: `--help` was asked for and printed.
     """
     named = bool(argv) and not argv[0].startswith("-")
     preset = argv[0] if named else "laptop"
     config = parse_flags(Config, argv[1:] if named else argv, f"python -m train {preset}", load_preset(preset))
-    return preset, config
+    return preset, config.pretrained()
 
 
 def parse_flags(cls: type, argv: Sequence[str], prog: str, default: Any = None):

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import sysconfig
 import tempfile
 from pathlib import Path
@@ -20,7 +21,7 @@ import numpy as np
 from jaxtyping import Int
 
 from train.config import Config, ConfigError
-from train.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from train.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
 
 SPLITS = ("train", "validation")
 _MIN_BYTES = 2_000_000
@@ -131,12 +132,25 @@ def load_corpus(config: Config) -> Corpus:
         "bytes": size,
         "python": platform.python_version(),
     }
-    kind = "bytes" if config.tokenizer == "bytes" else f"bpe{config.model.vocab_size}"
-    folder = _CACHE / f"{record['sha256'][:16]}-{kind}"
+    folder = _CACHE / f"{record['sha256'][:16]}-{_tokenizer_key(config)}"
     if not folder.exists():
         _write_corpus(folder, texts, config)
     record |= json.loads((folder / "corpus.json").read_text())
-    return Corpus(folder, load_tokenizer(config.tokenizer, folder), record)
+    return Corpus(folder, load_tokenizer(config, folder), record)
+
+
+def _tokenizer_key(config: Config) -> str:
+    """Names the tokenizer in the cache: the same text as other tokens is another corpus."""
+    match config.tokenizer:
+        case "bytes":
+            return f"bytes{ByteTokenizer(config.model.vocab_size).vocab_size}"
+        case "bpe":
+            return f"bpe{config.model.vocab_size}"
+    path = Path(config.init_from) / "tokenizer.json"
+    try:
+        return f"{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}-{config.separator}"
+    except OSError as error:
+        raise ConfigError(f"init_from={config.init_from!r}: its tokenizer.json is gone ({error.strerror})") from None
 
 
 def _write_corpus(folder: Path, texts: dict[str, str], config: Config):
@@ -147,7 +161,12 @@ def _write_corpus(folder: Path, texts: dict[str, str], config: Config):
         splits = {split: [text for name, text in texts.items() if split_of(name) == split] for split in SPLITS}
         if config.tokenizer == "bpe":
             train_bpe(splits["train"], config.model.vocab_size, made / "tokenizer.json")
-        tokenizer = load_tokenizer(config.tokenizer, made)
+        elif config.tokenizer == "pretrained":
+            shutil.copy(Path(config.init_from) / "tokenizer.json", made)
+        tokenizer = load_tokenizer(config, made)
+        if tokenizer.vocab_size > config.model.vocab_size:
+            have = config.model.vocab_size
+            raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} tokens and the model {have}: they do not fit")
         dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
         record = {"dtype": dtype.name}
         for split, documents in splits.items():

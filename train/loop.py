@@ -1,6 +1,7 @@
 """The training loop. The metrics of an update are fetched when the next one is under way."""
 
 import contextlib
+import functools
 import math
 import signal
 from pathlib import Path
@@ -11,10 +12,11 @@ from parallax_jax.model import TransformerLM
 from train.checkpoint import Checkpoints
 from train.config import Config
 from train.data import batches, load_corpus
+from train.diagnose import diagnose
 from train.evaluate import Evaluator, describe
 from train.generate import DEFAULT_SAMPLING, sample
 from train.metrics import MetricWriter, Progress, read_metrics, save_loss_curve
-from train.optimizer import learning_rate_schedule, make_optimizer
+from train.optimizer import learning_rate_schedule, make_optimizer, stop_frozen
 from train.run import check_resumable, create_run, run_record
 from train.state import abstract_state, device_batch, init_state, make_mesh, make_train_step
 
@@ -64,15 +66,18 @@ def train(config: Config, folder: Path, preset: str) -> int:
         create_run(folder, config, record, corpus.folder)
 
     schedule = learning_rate_schedule(config.optimizer, config.steps)
-    train_step = make_train_step(model, optimizer, schedule, abstract)
+    trainable = functools.partial(stop_frozen, config.optimizer)
+    train_step = make_train_step(model, optimizer, schedule, abstract, trainable)
     part = config.batch_size // config.accumulation_steps
-    evaluate = Evaluator(model, corpus.rows("validation", config.seq_len), part, mesh)
+    held_out = corpus.rows("validation", config.seq_len)
+    evaluate = Evaluator(model, held_out, part, mesh)
     rows = corpus.rows("train", config.seq_len)
     with contextlib.ExitStack() as stack:
         data = batches(rows, config.batch_size, config.seed, jax.process_index(), jax.process_count())
         stack.enter_context(contextlib.closing(data))
         checkpoints = stack.enter_context(Checkpoints(folder, config.keep_checkpoints))
-        state = checkpoints.restore(abstract, data, warn=print) or init_state(model, optimizer, abstract, config.seed)
+        state = checkpoints.restore(abstract, data, warn=print)
+        state = state or init_state(model, optimizer, abstract, config.seed, config.init_from)
         start = int(state.step)
         writer = stack.enter_context(MetricWriter(folder, start))
         progress = stack.enter_context(Progress(start, config.steps, config.log_interval))
@@ -90,6 +95,12 @@ def train(config: Config, folder: Path, preset: str) -> int:
                 norms = f"gradient norm {values['grad_norm']:g}, parameter norm {values['param_norm']:g}"
                 raise NonFinite(f"loss {values['loss']:g}, {norms} at step {step}")
 
+        def describe_attention(step: int):
+            if config.diagnose_rows:
+                statistics = diagnose(model.config, state.params, held_out, config.diagnose_rows)
+                by_layer = {f"{name}/{i}": value for name, row in statistics.items() for i, value in enumerate(row)}
+                writer.write(step, **by_layer)
+
         pending = None
         try:
             for step in range(start + 1, config.steps + 1):
@@ -106,6 +117,7 @@ def train(config: Config, folder: Path, preset: str) -> int:
                 if look:
                     loss, _ = evaluate(state.params, config.eval_batches)
                     writer.write(step, validation_loss=loss)
+                    describe_attention(step)
                     progress.print(f"step {step}/{config.steps}  validation loss {loss:.4f} on a part of the split")
                 if save:
                     checkpoints.save(state, data)
@@ -126,6 +138,7 @@ def train(config: Config, folder: Path, preset: str) -> int:
         final = {"step": config.steps, "validation_loss": loss}
         if final not in read_metrics(folder):  # a run that was finished before has it
             writer.write(**final)
+            describe_attention(config.steps)
         save_loss_curve(folder)
         options = (config.seq_len, (config.prompt,), _SAMPLE_TOKENS, DEFAULT_SAMPLING)
         text = "".join(piece for (piece,) in sample(model, state.params, corpus.tokenizer, *options))

@@ -73,16 +73,43 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             weight_decay=weight_decay,
         )
 
+    probe_norm_rate = config.norm_rate if config.probe_norm_rate is None else config.probe_norm_rate
     transforms = {
         "matrix": _muon(config, schedule) if config.name == "muon" else adam(1.0, config.weight_decay),
         "embedding": adam(config.embedding_rate, config.adam_weight_decay),
         "norm": adam(config.norm_rate, config.adam_weight_decay),
+        "probe_norm": adam(probe_norm_rate, config.adam_weight_decay),
+        "frozen": optax.set_to_zero(),
     }
 
-    def groups(params):
-        return jax.tree.map_with_path(lambda path, _: group_of(_names(path)), params)
+    def group(path, _) -> str:
+        names = _names(path)
+        if _frozen(config, names):
+            return "frozen"
+        return "probe_norm" if "probe_norm" in names else group_of(names)
 
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optax.partition(transforms, groups))
+    def relative_rate(path, update):
+        names = _names(path)
+        if "probe_norm" in names:
+            return update
+        return update * (config.probe_rate if "probe" in names else config.base_rate)
+
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.partition(transforms, lambda params: jax.tree.map_with_path(group, params)),
+        optax.stateless(lambda updates, _: jax.tree.map_with_path(relative_rate, updates)),
+    )
+
+
+def _frozen(config: OptimizerConfig, names: tuple[str, ...]) -> bool:
+    return config.base_rate == 0 and "probe" not in names and "probe_norm" not in names
+
+
+def stop_frozen(config: OptimizerConfig, params):
+    """The parameters, those that the optimizer leaves alone cut off from differentiation."""
+    return jax.tree.map_with_path(
+        lambda path, param: jax.lax.stop_gradient(param) if _frozen(config, _names(path)) else param, params
+    )
 
 
 def _muon(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:

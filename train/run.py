@@ -52,7 +52,7 @@ def create_run(folder: Path, config: Config, record: dict, tokenizer_folder: Pat
             made.chmod(0o755)
             (made / "config.json").write_text(config.to_json())
             (made / "run.json").write_text(json.dumps(record, indent=2) + "\n")
-            if config.tokenizer == "bpe":
+            if config.tokenizer != "bytes":
                 shutil.copy(tokenizer_folder / "tokenizer.json", made)
             made.rename(folder)  # onto an empty folder at most
         finally:
@@ -148,4 +148,4 @@ def load_checkpoint(path: str) -> Loaded:
     model = TransformerLM(config.resolved_model(jax.default_backend()))
     abstract = abstract_state(model, make_optimizer(config.optimizer, config.steps), mesh)
     params = load_params(folder, step, abstract)
-    return Loaded(folder, step, config, record, mesh, model, params, load_tokenizer(config.tokenizer, folder))
+    return Loaded(folder, step, config, record, mesh, model, params, load_tokenizer(config, folder))

@@ -12,6 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from parallax_jax.model import TransformerLM
+from parallax_jax.pretrained import load_pretrained
 from train.config import Config, ConfigError
 
 Batch = dict[str, Int[Array, "parts rows seq_len"]]
@@ -86,15 +87,30 @@ def abstract_state(model: TransformerLM, optimizer: optax.GradientTransformation
 
 
 def init_state(
-    model: TransformerLM, optimizer: optax.GradientTransformation, abstract: TrainState, seed: int
+    model: TransformerLM,
+    optimizer: optax.GradientTransformation,
+    abstract: TrainState,
+    seed: int,
+    init_from: str | None = None,
 ) -> TrainState:
-    """A fresh state, made on the devices where `abstract` places it."""
+    """A fresh state, made on the devices where `abstract` places it.
 
-    def init(key):
-        params = nn.meta.unbox(model.init(key, jnp.zeros((1, 1), jnp.int32))["params"])
-        return TrainState(jnp.int32(0), params, optimizer.init(params))
-
-    return jax.jit(init, out_shardings=_shardings(abstract))(jax.random.key(seed))
+    Raises:
+      ConfigError: the pretrained folder `init_from` cannot be read.
+    """
+    shardings = _shardings(abstract)
+    if init_from is None:
+        init = lambda key: nn.meta.unbox(model.init(key, jnp.zeros((1, 1), jnp.int32))["params"])
+        params = jax.jit(init, out_shardings=shardings.params)(jax.random.key(seed))
+    else:
+        options = {"attention": model.config.attention, "dtype": "float32", "seed": seed}
+        try:
+            _, params = load_pretrained(init_from, shardings=shardings.params, **options)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"init_from={init_from!r}: {error}") from None
+    begin = lambda params: (jnp.int32(0), optimizer.init(params))
+    step, opt_state = jax.jit(begin, out_shardings=(shardings.step, shardings.opt_state))(params)
+    return TrainState(step, params, opt_state)
 
 
 def _shardings(abstract):
@@ -109,20 +125,25 @@ def token_losses(model: TransformerLM, params, rows) -> Float[Array, "rows seq_l
 
 
 def make_train_step(
-    model: TransformerLM, optimizer: optax.GradientTransformation, schedule: optax.Schedule, abstract: TrainState
+    model: TransformerLM,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    abstract: TrainState,
+    trainable: Callable[[Any], Any] = lambda params: params,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """The jitted update `(state, batch) -> (state, metrics)`; the state's memory is reused.
 
     The loss is the mean over all real tokens of the batch, whatever the parts in which it is computed. The metrics are
     scalars: "loss" in nats per token and "grad_norm" before the update and before clipping, "param_norm" after it,
-    "learning_rate", and "tokens", the real ones.
+    "learning_rate", and "tokens", the real ones. `trainable` returns the parameters with those that are frozen cut off
+    from differentiation.
     """
 
     def step(state: TrainState, batch: Batch):
         tokens = jnp.sum(batch["segment_ids"] > 0)
 
         def part_loss(params, part):
-            return jnp.sum(token_losses(model, params, part)) / tokens.astype(jnp.float32)
+            return jnp.sum(token_losses(model, trainable(params), part)) / tokens.astype(jnp.float32)
 
         def accumulate(total, part):
             return jax.tree.map(jnp.add, total, jax.value_and_grad(part_loss)(state.params, part)), None

@@ -1,4 +1,4 @@
-"""Text to token ids and back: raw bytes, or a byte-level BPE trained in place. Id `separator` parts documents."""
+"""Text to token ids and back: raw bytes, or the tokenizers library's JSON file. Id `separator` parts documents."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -6,14 +6,17 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
+from train.config import NUM_BYTES, Config, ConfigError
+
 _SEPARATOR = "<|separator|>"
 
 
 class ByteTokenizer:
-    """One token per byte of UTF-8, and the separator."""
+    """One token per byte of UTF-8, and the separator: id 256, or NUL where there are 256 ids only."""
 
-    separator = 256
-    vocab_size = 257
+    def __init__(self, vocab_size: int = NUM_BYTES + 1):
+        self.vocab_size = min(vocab_size, NUM_BYTES + 1)
+        self.separator = NUM_BYTES if self.vocab_size > NUM_BYTES else 0
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each text, without separators."""
@@ -21,27 +24,35 @@ class ByteTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids; separators and broken UTF-8 become U+FFFD."""
-        return b"".join(bytes([i]) if i < 256 else b"\xff" for i in ids).decode(errors="replace")
+        broken = b"\xff"
+        return b"".join(broken if i == self.separator else bytes([i]) for i in ids).decode(errors="replace")
 
 
-class BPETokenizer:
-    """Byte-level BPE of the tokenizers library, kept in one JSON file."""
+class FileTokenizer:
+    """A tokenizer.json of the tokenizers library; `separator` is one of its ids, None for that of `train_bpe`."""
 
-    def __init__(self, path: Path):
-        self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        self.separator = self._tokenizer.token_to_id(_SEPARATOR)
+    def __init__(self, path: Path, separator: int | None = None):
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises no narrower one
+            raise ConfigError(f"{path} cannot be read as a tokenizer ({error})") from None
         self.vocab_size = self._tokenizer.get_vocab_size()
+        self.separator = self._tokenizer.token_to_id(_SEPARATOR) if separator is None else separator
+        self._separator = self._tokenizer.id_to_token(self.separator)
+        if self._separator is None:
+            raise ConfigError(f"separator={self.separator}: {path} has no such token")
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each text, without separators."""
-        return [np.array(encoding.ids, np.uint32) for encoding in self._tokenizer.encode_batch_fast(list(texts))]
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, np.uint32) for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids; separators and broken UTF-8 become U+FFFD."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=False).replace(_SEPARATOR, "\ufffd")
+        return self._tokenizer.decode(list(ids), skip_special_tokens=False).replace(self._separator, "\ufffd")
 
 
-Tokenizer = ByteTokenizer | BPETokenizer
+Tokenizer = ByteTokenizer | FileTokenizer
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, path: Path):
@@ -59,6 +70,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: Path):
     tokenizer.save(str(path))
 
 
-def load_tokenizer(kind: str, folder: Path) -> Tokenizer:
-    """The tokenizer of a corpus or a run: `kind` is "bytes" or "bpe", which lies in `folder`/tokenizer.json."""
-    return ByteTokenizer() if kind == "bytes" else BPETokenizer(folder / "tokenizer.json")
+def load_tokenizer(config: Config, folder: Path) -> Tokenizer:
+    """The tokenizer of a run; one that is not made of bytes lies in `folder`/tokenizer.json."""
+    if config.tokenizer == "bytes":
+        return ByteTokenizer(config.model.vocab_size)
+    return FileTokenizer(folder / "tokenizer.json", config.separator)

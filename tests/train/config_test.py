@@ -53,7 +53,7 @@ BAD = {
     "tiny --steps 0": "steps=0: it must be 1 or more",
     "tiny --optimizer.name sgd": "invalid choice 'sgd' .*muon",
     "tiny --model.num-kv-heads 3": "num_kv_heads=3 is not allowed: it must be a divisor of num_heads=2",
-    "tiny --model.vocab-size 99": "model.vocab_size=99: it must be 257 or more",
+    "tiny --model.vocab-size 99": "model.vocab_size=99: it must be 256 or more",
     "tiny --batch-size 9 --accumulation-steps 2": "batch_size=9: it must be a multiple of accumulation_steps=2",
     "tiny --data /no/such/text": "data='/no/such/text': no such file or folder",
     "tiny --mesh.data 1000": "mesh data=1000 .* needs 1000 devices and there are",

@@ -8,7 +8,7 @@ import pytest
 import train.data
 from train.config import ConfigError
 from train.data import PackedRows, batches, load_corpus, split_of, standard_library, text_files
-from train.tokenizer import BPETokenizer, ByteTokenizer, train_bpe
+from train.tokenizer import ByteTokenizer, FileTokenizer, train_bpe
 
 
 def make_stream(lengths, rng):
@@ -120,7 +120,7 @@ def test_token_files_hold_the_documents(config):
     for split in ("train", "validation"):
         tokens = np.fromfile(corpus.folder / f"{split}.bin", corpus.record["dtype"])
         starts = np.load(corpus.folder / f"{split}_starts.npy")
-        assert (tokens[starts] == ByteTokenizer.separator).all() and starts[-1] == len(tokens) - 1
+        assert (tokens[starts] == ByteTokenizer().separator).all() and starts[-1] == len(tokens) - 1
         documents = [t for name, t in standard_library().items() if split_of(name) == split]
         for i in (0, 5, len(documents) - 1):
             assert corpus.tokenizer.decode(tokens[starts[i] + 1 : starts[i + 1]]) == documents[i]
@@ -197,5 +197,5 @@ def test_bpe_never_sees_the_validation_split(config, tmp_path):
 
 def test_bpe_separator_is_one_token(tmp_path):
     train_bpe(["some text, some text"], 300, tmp_path / "tokenizer.json")
-    tokenizer = BPETokenizer(tmp_path / "tokenizer.json")
+    tokenizer = FileTokenizer(tmp_path / "tokenizer.json")
     assert tokenizer.decode([tokenizer.separator]) == "\ufffd" and tokenizer.decode([]) == ""

@@ -9,7 +9,7 @@ from parallax_jax.model import TransformerLM
 from parallax_jax.sampling import Sampling
 from train import generate
 from train.run import load_checkpoint
-from train.tokenizer import BPETokenizer, ByteTokenizer, train_bpe
+from train.tokenizer import ByteTokenizer, FileTokenizer, train_bpe
 
 
 def test_greedy_text_is_the_models_own_argmax_past_the_window(finished_run):
@@ -64,5 +64,5 @@ def test_text_comes_in_whole_characters_and_stops_at_a_separator(tmp_path: Path)
     assert "".join(pieces) == text and "\ufffd" not in "".join(pieces) and "𝄞" in pieces
     assert "".join(pieces_of(tokenizer, [*b"a\xff\xff", *b"b"])) == "a\ufffd\ufffdb"
     train_bpe([text * 5], 280, tmp_path / "tokenizer.json")
-    bpe = BPETokenizer(tmp_path / "tokenizer.json")
+    bpe = FileTokenizer(tmp_path / "tokenizer.json")
     assert "".join(pieces_of(bpe, bpe.encode([text])[0].tolist())) == text
