@@ -181,6 +181,7 @@ class ParallaxAttention(nn.Module):
                 rope=self.probe_rope,
                 gain=self.probe_norm_init,
             )
+        self.sow("intermediates", "operands", (query, probe, key, value))  # kept only where a caller asks for them
         options = {"local_window_size": self.local_window_size, "implementation": self.implementation}
         if cache is None:
             out = parallax_attention(query, probe, key, value, segment_ids=segment_ids, **options)

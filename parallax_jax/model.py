@@ -197,7 +197,7 @@ class TransformerLM(nn.Module):
             self.layers = nn.scan(
                 block,
                 length=c.num_layers,
-                variable_axes={"params": 0},
+                variable_axes={"params": 0, "intermediates": 0},
                 split_rngs={"params": True},
                 in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast, 0),
                 metadata_params={nn.PARTITION_NAME: "layers"},
