@@ -54,7 +54,9 @@ def spread(stat: jax.Array, like: jax.Array, key_axis: int = -1) -> jax.Array:
 
 
 def positive_scale(s1: jax.Array, c: float) -> tuple[jax.Array, float]:
-    """Moves a negative scale's sign into the scores: `update` takes the maximum before it scales."""
+    """Moves a scale that is not positive into the scores: `update` takes the maximum before it scales."""
+    if c == 0:
+        return jnp.zeros_like(s1), 1.0
     return (-s1, -c) if c < 0 else (s1, c)
 
 

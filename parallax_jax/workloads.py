@@ -120,6 +120,7 @@ CONFORMANCE = (
     Workload("offset_early", 1, 63, 2, 64, keys=200, query_offset=-10),
     Workload("offset_late", 1, 63, 2, 64, keys=111, query_offset=500),
     Workload("negative_scale", 1, 111, 2, 64, scale=-0.3),
+    Workload("zero_scale", 1, 63, 2, 32, scale=0.0, window=20),
 )
 
 # Where errors are quoted: standard normal inputs, long enough that no row is special.
