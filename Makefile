@@ -10,7 +10,7 @@ train: venv
 test: venv
 	.venv/bin/python -m pytest -n 2 $(FLAGS)
 
-# Compiles for GPUs that are not there, in an environment that holds CUDA's compilers.
+# Compiles for GPUs and TPUs that are not there, in an environment that holds their compilers.
 test-compile:
 	@scripts/venv.sh .venv-compile test,compile constraints/tested.txt
 	JAX_PLATFORMS=cpu .venv-compile/bin/python -m pytest -m compile $(FLAGS)
