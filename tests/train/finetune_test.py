@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict
 
 from configs import finetune
 from parallax_jax import TransformerLM, load_pretrained
+from train import diagnose
 from train.config import Config, ConfigError, MeshConfig, OptimizerConfig, parse_command_line
 from train.data import load_corpus
 from train.loop import train as run_training
@@ -109,6 +110,7 @@ def test_fine_tunes_the_probe_alone_from_a_folder(tmp_path, capsys):
     source = Path(dataclasses.__file__).read_text()
     (tmp_path / "text.py").write_text(source * (2_100_000 // len(source)))
     flags = f"--data {tmp_path}/text.py --optimizer.base-rate 0 --steps 3 --seq-len 64 --batch-size 8 --mesh.data 1"
+    flags += " --diagnose-rows 2"
     preset, config = parse_command_line(["finetune", "--init-from", str(QWEN3), *flags.split()])
     assert (config.model.num_layers, config.model.width, config.model.vocab_size) == (4, 128, 256)
     assert config.model.attention == "parallax" and config.tokenizer == "bytes"
@@ -120,6 +122,14 @@ def test_fine_tunes_the_probe_alone_from_a_folder(tmp_path, capsys):
     start, end = flatten_dict(start), flatten_dict(load_checkpoint(str(tmp_path / "run")).params)
     moved = {name[-2] for name in start if (np.asarray(start[name]) != np.asarray(end[name])).any()}
     assert moved == {"probe", "probe_norm"}
+
+    diagnose.main([str(tmp_path / "run"), "--rows", "2"])
+    statistics = json.loads((tmp_path / "run" / "diagnostics-3.json").read_text())
+    assert len(statistics) == 14 and all(len(values) == 4 for values in statistics.values())
+    assert min(statistics["correction_ratio"]) > 0 and max(statistics["correction_ratio"]) < 1  # three small steps
+    assert (tmp_path / "run" / "diagnostics-3.png").stat().st_size > 10_000
+    logged = read_metrics(tmp_path / "run")[-1]
+    assert logged["step"] == 3 and logged["correction_ratio/2"] == pytest.approx(statistics["correction_ratio"][2])
 
 
 def test_softmax_stays_softmax_where_the_preset_says_so():
