@@ -23,7 +23,7 @@ def unsupported(query, probe, key, value, mask, *, scale, block_sizes) -> str | 
     if block_sizes is not None and not isinstance(block_sizes, MosaicTpuBlockSizes):
         return f"block_sizes: needs MosaicTpuBlockSizes, got {type(block_sizes).__name__}"
     sizes = _sizes(query, value, block_sizes)
-    groups = 1 if mask.lengths is None and mask.segment_ids is None else query.shape[0]
+    groups = 1 if common.alike(mask) else query.shape[0]
     for launch in (sizes.forward, sizes.rows, sizes.columns):
         row_blocks, key_blocks = pl.cdiv(query.shape[1], launch.block_q), pl.cdiv(key.shape[1], launch.block_k)
         needed = groups * max(

@@ -112,10 +112,14 @@ class Limits(NamedTuple):
         return cls(*(ref[3 * group + i] for i in range(3)))
 
 
+def alike(mask: blocks.Mask) -> bool:
+    """Whether all batch rows see the same keys, so that they share a plan."""
+    return mask.lengths is None and mask.segment_ids is None and mask.offset.ndim == 0
+
+
 def limits(mask: blocks.Mask, batch: int, num_queries: int, num_keys: int) -> Limits:
     """Limits (groups,) of a call; one group where batch rows do not differ. `mask.offset` is () or (B,)."""
-    alike = mask.lengths is None and mask.segment_ids is None and mask.offset.ndim == 0
-    groups = 1 if alike else batch
+    groups = 1 if alike(mask) else batch
     length = jnp.int32(num_keys) if mask.lengths is None else jnp.minimum(mask.lengths, num_keys)
     offset, length = (jnp.broadcast_to(x, (groups,)) for x in (mask.offset, length))
     return Limits(offset, length, blocks.visible_end(offset, num_queries, length, mask.is_causal))
