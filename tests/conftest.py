@@ -2,13 +2,16 @@
 
 import os
 
-# Compiling takes longer than running here, most of all for interpreted kernels.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
-
 import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+def pytest_configure(config):
+    """Compiling takes longer than running here, most of all for interpreted kernels; compile tests do it in full."""
+    if config.getoption("markexpr") != "compile":
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 
 
 def pytest_generate_tests(metafunc):
