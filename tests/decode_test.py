@@ -38,7 +38,7 @@ def test_a_gpu_runs_nothing_but_the_kernels(batch, page_size, kernels):
     rows = shape((batch, 2, 12, 100), jnp.bfloat16)
     cache = shape((batch, 1000, 4, 100) if page_size is None else (99, page_size, 4, 100), jnp.bfloat16)
     table = None if page_size is None else shape((batch, 32), jnp.int32)
-    call = functools.partial(parallax_decode, local_window_size=300)
+    call = functools.partial(parallax_decode, local_window_size=300, implementation="triton")
     arguments = (rows, rows, cache, cache, shape((batch,), jnp.int32))
     with jax.sharding.use_abstract_mesh(H100), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)

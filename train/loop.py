@@ -116,7 +116,7 @@ def train(config: Config, folder: Path, preset: str) -> int:
                     pending = None
                 if look:
                     loss, _ = evaluate(state.params, config.eval_batches)
-                    writer.write(step, validation_loss=loss)
+                    writer.write(step, validation_loss_part=loss)
                     describe_attention(step)
                     progress.print(f"step {step}/{config.steps}  validation loss {loss:.4f} on a part of the split")
                 if save:

@@ -54,9 +54,13 @@ def save_loss_curve(folder: Path):
     records = read_metrics(folder)
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for name, style in (("loss", {"linewidth": 0.8}), ("validation_loss", {"marker": "o"})):
+    for name, label, style in (
+        ("loss", "loss", {"linewidth": 0.8}),
+        ("validation_loss_part", "validation loss, a part of the split", {"marker": "o"}),
+        ("validation_loss", "validation loss, the whole split", {"marker": "*", "markersize": 11, "linestyle": ""}),
+    ):
         points = [(record["step"], record[name]) for record in records if name in record]
-        axes.plot(*zip(*points, strict=True), label=name.replace("_", " "), **style) if points else None
+        axes.plot(*zip(*points, strict=True), label=label, **style) if points else None
     axes.set(xlabel="update", ylabel="nats per token", title=folder.name)
     axes.grid(alpha=0.3)
     axes.legend()
