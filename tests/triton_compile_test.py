@@ -51,7 +51,7 @@ def test_hopper_without_a_spill(name, head_dim, dtype):
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("name", ["window", "packed", "ragged"])
 def test_hopper_masks(name, head_dim, dtype):
-    """Masks need registers of their own: at head_dim 128 these spill some, and no one has timed smaller tiles against that."""
+    """Masks take registers of their own: at head_dim 128 some spill, and no one has timed smaller tiles against it."""
     compile_gradients(gpu_devices(1), WORKLOADS[name], jnp.dtype(dtype), head_dim, spills=True)
 
 
