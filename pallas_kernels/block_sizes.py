@@ -142,7 +142,8 @@ KIB = 1024
 SHARED_MEMORY = {"H100": 227 * KIB, "H200": 227 * KIB, "GH200": 227 * KIB, "B200": 227 * KIB, "A100": 163 * KIB}
 SMALLEST_SHARED_MEMORY = 99 * KIB  # compute capability 8.6, 8.9 and 12.0: the consumer cards, A10, L4, L40
 
-# (bits, tile width) -> launches that compile for Hopper without a spill; (16, 64) and (16, 128) were timed on an H100.
+# (bits, tile width) -> launches of forward, rows and columns. Those of 16 bits compile for Hopper without a spill in
+# plain causal and full calls. Only (16, 128) comes from timings on an H100 (docs/results/triton.md).
 _HOPPER = {
     (16, 64): ((128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 4, 3)),
     (16, 128): ((128, 64, 8, 3), (128, 64, 8, 3), (32, 64, 4, 2)),
