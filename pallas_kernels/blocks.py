@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["offset", "lengths", "segment_ids"],
+    data_fields=["offset", "lengths", "segment_ids", "key_segment_ids"],
     meta_fields=["is_causal", "window"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Mask:
       segment_ids: int32 (B, T); None for one segment.
       is_causal: query t sees keys s <= t + offset.
       window: number of most recent keys seen, the diagonal included; None for all.
+      key_segment_ids: int32 (B, S), segments of the keys; None for those of the queries.
     """
 
     offset: jax.Array
@@ -34,6 +35,20 @@ class Mask:
     segment_ids: jax.Array | None = None
     is_causal: bool = True
     window: int | None = None
+    key_segment_ids: jax.Array | None = None
+
+    @property
+    def segments_of_keys(self) -> jax.Array | None:
+        """Segment of each key, or None."""
+        return self.segment_ids if self.key_segment_ids is None else self.key_segment_ids
+
+    def row_spans(self, block: int) -> jax.Array | None:
+        """`segment_spans` of blocks of rows among the keys, or None."""
+        return None if self.segment_ids is None else segment_spans(self.segment_ids, block, self.segments_of_keys)
+
+    def key_spans(self, block: int) -> jax.Array | None:
+        """`segment_spans` of blocks of keys among the rows, or None."""
+        return None if self.segment_ids is None else segment_spans(self.segments_of_keys, block, self.segment_ids)
 
 
 class Bounds(NamedTuple):
@@ -154,35 +169,36 @@ def row_bounds(
     )
 
 
-def segment_spans(segment_ids: jax.Array, block: int) -> jax.Array:
-    """Where each block of positions can find its own segments: (B, blocks, 4) int32.
+def segment_spans(segment_ids: jax.Array, block: int, others: jax.Array | None = None) -> jax.Array:
+    """Where each block of positions finds its own segments among `others`: (B, blocks, 4) int32.
 
-    The four numbers are the first position that may share a segment with the block, the span [start, end) in which
-    every position has the one segment of the whole block (empty where the block holds several), and one past the last
-    position that may share one. Tight where ids do not decrease along the row (packed rows); right for any ids.
+    The four numbers are the first of the others that may share a segment with the block, the span [start, end) in which
+    each of them has the one segment of the whole block (empty where the block holds several), and one past the last
+    that may share one. Tight where ids do not decrease along the row (packed rows); right for any ids.
+
+    Args:
+      segment_ids: int32 (B, positions).
+      block: positions in a block.
+      others: int32 (B, others); None for the positions themselves.
     """
-    batch, length = segment_ids.shape
-    num_blocks = -(-length // block)
-    pad = num_blocks * block - length
-    tiles = jnp.pad(segment_ids, ((0, 0), (0, pad)), mode="edge").reshape(batch, num_blocks, block)
+    others = segment_ids if others is None else others
+    length, size = segment_ids.shape[1], others.shape[1]
+    blocks = -(-length // block)
+    tiles = jnp.pad(segment_ids, ((0, 0), (0, blocks * block - length)), mode="edge").reshape(-1, blocks, block)
     low, high = tiles.min(-1), tiles.max(-1)
-    search = jax.vmap(functools.partial(jnp.searchsorted, method="scan_unrolled"), in_axes=(0, 0))
+    search = lambda ids, wanted, side: jax.vmap(
+        functools.partial(jnp.searchsorted, side=side, method="scan_unrolled"), in_axes=(0, 0)
+    )(ids, wanted)
     # Before `first` every id is below the block's; from `last` on every id is above it.
-    first = search(jax.lax.cummax(segment_ids, axis=1), low)
-    last = jax.vmap(functools.partial(jnp.searchsorted, side="right", method="scan_unrolled"))(
-        jax.lax.cummin(segment_ids, axis=1, reverse=True), high
-    )
-    position = jnp.arange(length, dtype=jnp.int32)
-    change = segment_ids[:, 1:] != segment_ids[:, :-1]
-    starts = jnp.pad(change, ((0, 0), (1, 0)), constant_values=True)
+    first = search(jax.lax.cummax(others, axis=1), low, "left")
+    last = search(jax.lax.cummin(others, axis=1, reverse=True), high, "right")
+    change = others[:, 1:] != others[:, :-1]
     ends = jnp.pad(change, ((0, 0), (0, 1)), constant_values=True)
-    run_start = jax.lax.cummax(jnp.where(starts, position, 0), axis=1)
-    run_end = jax.lax.cummin(jnp.where(ends, position + 1, length), axis=1, reverse=True)
-    block_first = jnp.arange(num_blocks, dtype=jnp.int32) * block
-    block_last = jnp.minimum(block_first + block, length) - 1
-    start, end = run_start[:, block_last], run_end[:, block_first]
-    single = (start <= block_first) & (end > block_last)
-    spans = (first, jnp.where(single, start, length), jnp.where(single, end, 0), last)
+    run_end = jnp.where(ends, jnp.arange(1, size + 1, dtype=jnp.int32), size)
+    run_end = jax.lax.cummin(run_end, axis=1, reverse=True)
+    at_first = lambda x: jnp.take_along_axis(x, jnp.minimum(first, size - 1), axis=1)
+    single = (low == high) & (at_first(others) == low)
+    spans = (first, jnp.where(single, first, size), jnp.where(single, at_first(run_end), 0), last)
     return jnp.stack(spans, axis=-1).astype(jnp.int32)
 
 

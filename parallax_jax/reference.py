@@ -12,6 +12,7 @@ def _visible(
     query_offset: int | Int[Array, ""] | None,
     local_window_size: int | None,
     segment_ids: Int[Array, "B T"] | None,
+    key_segment_ids: Int[Array, "B S"] | None,
     key_value_seq_lengths: Int[Array, " B"] | None,
 ) -> Bool[Array, "#B T S"]:
     offset = num_keys - num_queries if query_offset is None else query_offset
@@ -23,7 +24,8 @@ def _visible(
     if local_window_size is not None:
         visible &= position - key < local_window_size
     if segment_ids is not None:
-        visible &= segment_ids[:, :, None] == segment_ids[:, None, :]
+        key_segment_ids = segment_ids if key_segment_ids is None else key_segment_ids
+        visible &= segment_ids[:, :, None] == key_segment_ids[:, None, :]
     if key_value_seq_lengths is not None:
         visible &= key < key_value_seq_lengths[:, None, None]
     return visible
@@ -40,6 +42,7 @@ def parallax_reference(
     query_offset: int | Int[Array, ""] | None = None,
     local_window_size: int | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
+    key_segment_ids: Int[Array, "B S"] | None = None,
     key_value_seq_lengths: Int[Array, " B"] | None = None,
 ) -> Float[Array, "B T N Hv"]:
     r"""Softmax attention minus the covariance of values and keys times the probe, written as it is defined.
@@ -60,7 +63,8 @@ def parallax_reference(
       is_causal: query t sees keys s <= t + query_offset.
       query_offset: position of query 0 on the key axis, default S - T.
       local_window_size: number of most recent keys seen, the diagonal included.
-      segment_ids: tokens see their own segment only; needs T == S.
+      segment_ids: tokens see their own segment only; needs T == S, or `key_segment_ids`.
+      key_segment_ids: segments of the keys; None for those of the queries.
       key_value_seq_lengths: keys from this index on are padding and may hold anything.
 
     Returns:
@@ -70,8 +74,9 @@ def parallax_reference(
     num_keys, num_kv_heads = key.shape[1:3]
     dtype = jnp.dtype("float64" if query.dtype == jnp.float64 else "float32")
     scale = head_dim**-0.5 if scale is None else scale
+    segments = segment_ids, key_segment_ids
     visible = _visible(
-        num_queries, num_keys, is_causal, query_offset, local_window_size, segment_ids, key_value_seq_lengths
+        num_queries, num_keys, is_causal, query_offset, local_window_size, *segments, key_value_seq_lengths
     )
 
     # Keys nobody may see are zeroed, so that NaN in padding meets no product.

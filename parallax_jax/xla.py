@@ -32,10 +32,10 @@ class _Tiles:
         self.lengths = jnp.full((self.batch,), self.S, jnp.int32) if mask.lengths is None else mask.lengths
         self.lengths = jnp.minimum(self.lengths, self.S)
         self.end = blocks.visible_end(mask.offset, self.T, self.lengths, mask.is_causal)
-        self.segments, self.spans = mask.segment_ids, None
-        if self.segments is not None:
-            self.spans = blocks.segment_spans(self.segments, self.block_q)
-            self.segments = _pad(self.segments, max(self.rows * self.block_q, self.keys * self.block_k))
+        self.spans = mask.row_spans(self.block_q)
+        if self.spans is not None:
+            self.row_segments = _pad(mask.segment_ids, self.rows * self.block_q)
+            self.key_segments = _pad(mask.segments_of_keys, self.keys * self.block_k)
 
     def split_rows(self, x, kv_heads: int):
         """(B, T, N, ...) -> (rows, B, K, G, block_q, ...)."""
@@ -63,9 +63,9 @@ class _Tiles:
         row = i * self.block_q + jnp.arange(self.block_q, dtype=jnp.int32)[:, None]
         key = j * self.block_k + jnp.arange(self.block_k, dtype=jnp.int32)
         row_segments = key_segments = None
-        if self.segments is not None:
-            row_segments = lax.dynamic_slice_in_dim(self.segments, i * self.block_q, self.block_q, 1)[:, :, None]
-            key_segments = lax.dynamic_slice_in_dim(self.segments, j * self.block_k, self.block_k, 1)[:, None, :]
+        if self.spans is not None:
+            row_segments = lax.dynamic_slice_in_dim(self.row_segments, i * self.block_q, self.block_q, 1)[:, :, None]
+            key_segments = lax.dynamic_slice_in_dim(self.key_segments, j * self.block_k, self.block_k, 1)[:, None, :]
         visible = blocks.visible_tile(
             row,
             key,

@@ -180,36 +180,37 @@ class Masks:
         if mask.lengths is not None:
             self.arrays.append(mask.lengths)
         if mask.segment_ids is not None:
-            pad = -num_queries % (GROUPS * BLOCK)
-            self.arrays.append(jnp.pad(mask.segment_ids, ((0, 0), (0, pad)), mode="edge"))
-            self.arrays.append(blocks.segment_spans(mask.segment_ids, BLOCK))
+            for ids in (mask.segment_ids, mask.segments_of_keys):
+                self.arrays.append(jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % (GROUPS * BLOCK))), mode="edge"))
+            self.arrays += [mask.row_spans(BLOCK), mask.key_spans(BLOCK)]
 
     def _split(self, refs, batch):
-        """(offset, length, reference of segments, reference of their spans)."""
+        """(offset, length, references of the segments of rows and of keys, references of their spans)."""
         offset, *rest = refs
         length = rest.pop(0)[batch] if self._mask.lengths is not None else self._num_keys
-        return offset[0], length, *(rest or (None, None))
+        return offset[0], length, rest[:2], rest[2:]
 
-    def _bounds(self, function, refs, batch, start, num_blocks: int):
+    def _bounds(self, by_rows: bool, refs, batch, start, num_blocks: int):
         """(range of blocks that both warpgroups of an item visit, each warpgroup's own bounds)."""
         offset, length, _, spans = self._split(refs, batch)
+        function, spans = (blocks.key_bounds, spans[:1]) if by_rows else (blocks.row_bounds, spans[1:])
         own = []
         for position in (start, start + BLOCK):
             segment = None
-            if spans is not None:
-                block = jnp.minimum(lax.div(position, BLOCK), spans.shape[1] - 1)
-                segment = tuple(spans[batch, block, i] for i in range(4))
+            for ref in spans:
+                block = jnp.minimum(lax.div(position, BLOCK), ref.shape[1] - 1)
+                segment = tuple(ref[batch, block, i] for i in range(4))
             bounds = function(position, BLOCK, BLOCK, offset=offset, length=length, segment=segment, **self._static)
             own.append(_some_work(bounds, num_blocks))
         return jnp.minimum(own[0].first, own[1].first), jnp.maximum(own[0].last, own[1].last), own
 
     def key_bounds(self, refs, batch, row):
         """Key blocks of rows [row, row + 128)."""
-        return self._bounds(blocks.key_bounds, refs, batch, row, pl.cdiv(self._num_keys, BLOCK))
+        return self._bounds(True, refs, batch, row, pl.cdiv(self._num_keys, BLOCK))
 
     def row_bounds(self, refs, batch, key):
         """Row blocks of keys [key, key + 128)."""
-        return self._bounds(blocks.row_bounds, refs, batch, key, pl.cdiv(self._static["num_queries"], BLOCK))
+        return self._bounds(False, refs, batch, key, pl.cdiv(self._static["num_queries"], BLOCK))
 
     def visible(self, refs, batch, row, key, key_axis: int = 1) -> jax.Array:
         """The tile of keys [key, key + 64) that rows [row, row + 64) see."""
@@ -218,11 +219,9 @@ class Masks:
         axes = dict(row=1 - key_axis, key=key_axis)
         starts = dict(row=row, key=key)
         segment = dict(row=None, key=None)
-        if segments is not None:
-            for name, axis in axes.items():
-                ids = segments.at[batch, pl.ds(starts[name], BLOCK)]
-                ids = plgpu.load(ids, layout=row_layout(axis), optimized=False)
-                segment[name] = tiles.spread(ids, tile, 1 - axis)
+        for ref, (name, axis) in zip(segments, axes.items(), strict=bool(segments)):
+            ids = plgpu.load(ref.at[batch, pl.ds(starts[name], BLOCK)], layout=row_layout(axis), optimized=False)
+            segment[name] = tiles.spread(ids, tile, 1 - axis)
         position = {
             name: plgpu.broadcasted_iota(jnp.int32, tile.shape, axis, layout=plgpu.Layout.WGMMA) + starts[name]
             for name, axis in axes.items()

@@ -147,7 +147,7 @@ def attention_plan(
             segment=None if span is None else tuple(span[i] for i in range(4)),
         )
 
-    spans = None if mask.segment_ids is None else blocks.segment_spans(mask.segment_ids, sizes[1])
+    spans = mask.row_spans(sizes[1]) if by_rows else mask.key_spans(sizes[1])
     of_group = jax.vmap(of_block, in_axes=(0, None if spans is None else 0, None, None))
     of_groups = jax.vmap(of_group, in_axes=(None, None if spans is None else 0, 0, 0))
     bounds = of_groups(starts, spans, sight.offset, sight.length)
@@ -307,12 +307,14 @@ class Layout:
 
     def segment_ids(self) -> list[jax.Array]:
         """Segment ids of rows and of keys, along the axes that they have in a tile; nothing without segments."""
-        ids = self.mask.segment_ids
-        if ids is None:
+        if self.mask.segment_ids is None:
             return []
         along = (1, 2) if self.by_rows else (2, 1)  # sublanes, or lanes
-        expand = lambda axis, block: pad(jnp.expand_dims(ids, 3 - axis), axis, block)
-        return [expand(along[0], self.block_q), expand(along[1], self.block_k)]
+        expand = lambda ids, axis, block: pad(jnp.expand_dims(ids, 3 - axis), axis, block)
+        return [
+            expand(self.mask.segment_ids, along[0], self.block_q),
+            expand(self.mask.segments_of_keys, along[1], self.block_k),
+        ]
 
     def call(self, kernel, in_specs, operands, out_specs, out_shape, scratch, *, vmem: int | None, **options):
         """Runs a kernel over the plan; segment ids come after `operands`."""

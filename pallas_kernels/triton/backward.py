@@ -177,7 +177,6 @@ def backward(
     num_keys, num_kv_heads = key.shape[1:3]
     rows, columns = block_sizes.rows, block_sizes.columns
     like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
-    spans = lambda block: None if mask.segment_ids is None else blocks.segment_spans(mask.segment_ids, block)
     heads_per_kv = num_heads // num_kv_heads
     row_group = heads_per_kv * common.work_group(
         batch * num_kv_heads, num_keys * (head_dim + value.shape[3]) * key.dtype.itemsize
@@ -192,7 +191,7 @@ def backward(
         compiler_params=plt.CompilerParams(num_warps=rows.num_warps, num_stages=rows.num_stages),
         interpret=interpret,
         name="parallax_backward_rows",
-    )(query, probe, key, value, mask, spans(rows.block_q), out, v_mean, lse, t_mean, dout)
+    )(query, probe, key, value, mask, mask.row_spans(rows.block_q), out, v_mean, lse, t_mean, dout)
     dk, dv = pl.pallas_call(
         functools.partial(_columns_kernel, config=columns, scale=scale, group=column_group),
         out_shape=(like(key), like(value)),
@@ -200,5 +199,5 @@ def backward(
         compiler_params=plt.CompilerParams(num_warps=columns.num_warps, num_stages=columns.num_stages),
         interpret=interpret,
         name="parallax_backward_columns",
-    )(query, probe, key, value, mask, spans(columns.block_k), lse, t_mean, tau, beta, dout)
+    )(query, probe, key, value, mask, mask.key_spans(columns.block_k), lse, t_mean, tau, beta, dout)
     return dq, dr, dk, dv

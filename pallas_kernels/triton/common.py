@@ -122,9 +122,9 @@ class Sight(NamedTuple):
         spread = lambda x, axis: lax.broadcast_in_dim(x, shape, (axis,))
         row_segments = key_segments = None
         if self.mask.segment_ids is not None:
-            ids = self.mask.segment_ids
-            row_segments = spread(load_segments(ids, self.b, row, config.block_q, ids.shape[1]), 1 - key_axis)
-            key_segments = spread(load_segments(ids, self.b, key, config.block_k, ids.shape[1]), key_axis)
+            load = lambda ids, start, size: load_segments(ids, self.b, start, size, ids.shape[1])
+            row_segments = spread(load(self.mask.segment_ids, row, config.block_q), 1 - key_axis)
+            key_segments = spread(load(self.mask.segments_of_keys, key, config.block_k), key_axis)
         return blocks.visible_tile(
             row + lax.broadcasted_iota(jnp.int32, shape, 1 - key_axis),
             key + lax.broadcasted_iota(jnp.int32, shape, key_axis),

@@ -57,7 +57,6 @@ def _kernel(q_ref, r_ref, k_ref, v_ref, mask, spans, out_ref, v_mean_ref, lse_re
 def forward(query, probe, key, value, mask: blocks.Mask, *, scale: float, config: TritonPass, interpret: bool):
     """Returns (out, v_mean, lse, t_mean); see `tiles.finish`."""
     batch, num_queries, num_heads, _ = query.shape
-    spans = None if mask.segment_ids is None else blocks.segment_spans(mask.segment_ids, config.block_q)
     heads_per_kv = num_heads // key.shape[2]
     group = heads_per_kv * common.work_group(
         batch * key.shape[2], key.shape[1] * (key.shape[3] + value.shape[3]) * key.dtype.itemsize
@@ -71,4 +70,4 @@ def forward(query, probe, key, value, mask: blocks.Mask, *, scale: float, config
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         interpret=interpret,
         name="parallax_forward",
-    )(query, probe, key, value, mask, spans)
+    )(query, probe, key, value, mask, mask.row_spans(config.block_q))
