@@ -2,6 +2,7 @@
 
 from parallax_jax.attention import parallax_attention
 from parallax_jax.decode import parallax_decode
+from parallax_jax.estimators import local_estimator
 from parallax_jax.layers import ParallaxAttention
 from parallax_jax.model import ModelConfig, TransformerLM
 from parallax_jax.pretrained import load_pretrained, save_pretrained
@@ -17,6 +18,7 @@ __all__ = [
     "__version__",
     "generate",
     "load_pretrained",
+    "local_estimator",
     "parallax_attention",
     "parallax_decode",
     "parallax_reference",
