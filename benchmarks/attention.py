@@ -8,7 +8,9 @@ form, whatever an implementation really does).
 """
 
 import argparse
+import concurrent.futures
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -69,14 +71,26 @@ def torch_peers(names: list[str]) -> list[dict]:
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
-def time_row(name: str, workload, attention, operands, cotangent, products) -> dict:
-    """Times one implementation; an error becomes the row's reason."""
-    row = dict(workload=workload.name, implementation=name)
+def compiled(attention, workload: workloads.Workload, num_operands: int):
+    """The executables of the forward pass and of forward + backward, or the reason why there are none."""
+    shapes = workload.shapes if num_operands == 4 else (workload.shapes[0], *workload.shapes[2:])
+    *operands, cotangent = (jax.ShapeDtypeStruct(x, jnp.bfloat16) for x in (*shapes, workload.cotangent_shape))
     try:
-        row["forward_ms"] = timing.milliseconds(attention, *operands)
-        row["total_ms"] = timing.milliseconds(timing.with_gradients(attention), operands, cotangent)
+        forward = jax.jit(attention).lower(*operands).compile()
+        return forward, jax.jit(timing.with_gradients(attention)).lower(operands, cotangent).compile()
     except Exception as error:  # a peer may fail in any way; the table says how
-        return row | {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+        return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
+def time_row(executables, workload: workloads.Workload, operands, cotangent, products: tuple[int, int]) -> dict:
+    """Times one implementation; an error becomes the row's reason."""
+    if isinstance(executables, str):
+        return {"error": executables}
+    forward, total = executables
+    row = {
+        "forward_ms": timing.milliseconds(forward, *operands),
+        "total_ms": timing.milliseconds(total, operands, cotangent),
+    }
     return row | rates(row, workload, products)
 
 
@@ -101,21 +115,28 @@ def main() -> None:
     if unknown:
         parser.error(f"--workloads: unknown {unknown[0]!r}, allowed are {', '.join(workloads.BY_NAME)}")
 
-    rows = []
+    rows, calls = [], []
     for name in options.workloads:
         workload = workloads.BY_NAME[name]
-        *operands, cotangent = workload.operands(jnp.bfloat16)
-        if workload in workloads.ACCURACY:
-            for i in options.implementations:
-                rows.append(dict(workload=name, implementation=i) | compare.errors(i, workload, "bfloat16"))
-            continue
         for implementation in options.implementations:
+            if workload in workloads.ACCURACY:
+                found = compare.errors(implementation, workload, "bfloat16")
+                rows.append(dict(workload=name, implementation=implementation) | found)
+                continue
             attention = lambda *x, i=implementation, w=workload: parallax_attention(*x, implementation=i, **w.options())
-            rows.append(time_row(implementation, workload, attention, operands, cotangent, (4, 15)))
-        if not options.no_peers:
-            for peer, attention in softmax_peers(workload).items():
-                query, _, key, value = operands
-                rows.append(time_row(peer, workload, attention, (query, key, value), cotangent, (2, 7)))
+            calls.append((implementation, workload, attention, 4))
+        if not options.no_peers and workload not in workloads.ACCURACY:
+            calls += [(peer, workload, attention, 3) for peer, attention in softmax_peers(workload).items()]
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        executables = list(pool.map(lambda call: compiled(call[2], call[1], call[3]), calls))
+    for (name, workload, _, num_operands), pair in zip(calls, executables, strict=True):
+        *operands, cotangent = workload.operands(jnp.bfloat16)
+        if num_operands == 3:
+            del operands[1]
+        products = (4, 15) if num_operands == 4 else (2, 7)
+        row = dict(workload=workload.name, implementation=name)
+        rows.append(row | time_row(pair, workload, operands, cotangent, products))
+        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     if not options.no_peers and platform == "gpu":
         for row in torch_peers(options.workloads):
             products = (2, 7) if row["implementation"].startswith("softmax") else (4, 15)

@@ -3,10 +3,16 @@
 Looks for parallax-kernel and flash-linear-attention; softmax attention comes from torch itself. Times are sums of
 kernel times from torch's profiler. Only plain causal workloads run: the published window is wrong at tile borders.
 For workloads of `workloads.ACCURACY` the row holds errors against float64 instead, on this project's own inputs.
+The published kernels are compiled first, one process a tile, into Triton's cache: one after another takes minutes.
 """
 
+import argparse
+import concurrent.futures
+import contextlib
+import functools
 import json
 import os
+import subprocess
 import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # jax draws the inputs and computes the float64 reference; the GPU is torch's
@@ -29,14 +35,17 @@ def kernel_ms(function, iterations: int = 10) -> float:
     return sum(event.self_device_time_total for event in profile.key_averages()) / iterations / 1e3
 
 
-def published_triton():
-    """parallax-kernel's training kernel on (B, H, L, D), its autotuner limited to the tiles that win on Hopper."""
+# Rows, columns, warps and stages that win on Hopper, of the 36 that the published kernels try.
+TILES = [(128, 64, 8, 2), (128, 64, 8, 4), (64, 64, 4, 2), (64, 64, 4, 4), (128, 32, 8, 2), (128, 32, 4, 2)]
+TILES += [(64, 128, 8, 2), (64, 32, 4, 2), (128, 128, 8, 2), (32, 64, 4, 2)]
+
+
+def published_triton(tiles=TILES):
+    """parallax-kernel's training kernel on (B, H, L, D), its autotuner limited to some tiles."""
     import parallax.triton.parallax_train as module
     import triton
     from parallax import parallax_func
 
-    tiles = [(128, 64, 8, 2), (128, 64, 8, 4), (64, 64, 4, 2), (64, 64, 4, 4), (128, 32, 8, 2), (128, 32, 4, 2)]
-    tiles += [(64, 128, 8, 2), (64, 32, 4, 2), (128, 128, 8, 2), (32, 64, 4, 2)]
     configs = [
         triton.Config({"ROW_TILE_SIZE": rows, "COL_TILE_SIZE": columns}, num_warps=warps, num_stages=stages)
         for rows, columns, warps, stages in tiles
@@ -115,12 +124,37 @@ def peer_errors(make, workload: workloads.Workload) -> dict:
     }
 
 
-def main(names: list[str]) -> None:
+def runs(workload: workloads.Workload) -> bool:
+    """Whether the published kernels take the workload."""
+    return not (workload.window or workload.segments or workload.keys) and workload.is_causal
+
+
+def compile_tile(names: list[str], index: int) -> None:
+    """Fills Triton's cache with the published kernels of one tile, and flash-linear-attention's after the last."""
+    make = functools.partial(published_triton, TILES[index : index + 1]) if index < len(TILES) else published_fla
+    for name in names:
+        attention, heads_first = make()
+        shapes = [(b, h, t, d) if heads_first else (b, t, h, d) for b, t, h, d in workloads.BY_NAME[name].shapes]
+        operands = [torch.randn(x, device="cuda", dtype=torch.bfloat16, requires_grad=True) for x in shapes]
+        with contextlib.suppress(Exception):  # a tile that does not fit; the autotuner passes it over, too
+            attention(*operands).sum().backward()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.torch_peers", description=__doc__.split("\n\n")[0])
+    parser.add_argument("workloads", nargs="+")
+    parser.add_argument("--compile-tile", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
     torch.manual_seed(0)
+    names = [name for name in options.workloads if runs(workloads.BY_NAME[name])]
+    if options.compile_tile is not None:
+        compile_tile(names, options.compile_tile)
+        return
+    command = [sys.executable, "-m", "benchmarks.torch_peers", *names, "--compile-tile"]
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda i: subprocess.run([*command, str(i)], capture_output=True), range(len(TILES) + 1)))
     for name in names:
         workload = workloads.BY_NAME[name]
-        if workload.window or workload.segments or workload.keys or not workload.is_causal:
-            continue
         for peer, make in PEERS.items():
             row = dict(workload=name, implementation=peer)
             try:
@@ -136,4 +170,4 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -15,10 +15,11 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import device
 from pallas_kernels.blocks import Mask
 from parallax_jax.reference import parallax_reference
+from parallax_jax.sharding import attend_per_device
 
 # Name -> (module with `unsupported`, `forward` and `backward`, platforms on which None may choose it), fastest first.
 BACKENDS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "mosaic_gpu": ("pallas_kernels.mosaic_gpu", ()),  # by name only, until every mask has run on a GPU
+    "mosaic_gpu": ("pallas_kernels.mosaic_gpu", ("gpu",)),
     "triton": ("pallas_kernels.triton", ("gpu",)),
     "mosaic_tpu": ("pallas_kernels.mosaic_tpu", ("tpu",)),
     "xla": ("parallax_jax.xla", ("cpu", "gpu", "tpu")),
@@ -49,7 +50,8 @@ def parallax_attention(
     With p the softmax weights and t_s = probe . key_s, the output of a row is sum_s p_s (1 - t_s + sum_u p_u t_u) v_s
     (arXiv 2605.29157, eq. 8). A probe of zeros gives softmax attention. A row that sees no key gives zero, and zero
     gradients. Differentiable in query, probe, key and value; gradients have their dtypes and are bitwise the same from
-    run to run. Leading batch axes work through `jax.vmap`.
+    run to run. Leading batch axes work through `jax.vmap`. Under a mesh (`jax.set_mesh`) every device computes its own
+    rows, heads and share of the sequence: see `parallax_jax.sharding`.
 
     Args:
       query: (B, T, N, H) bfloat16, float16 or float32. float32 is computed in float32 (no TF32) unless
@@ -71,7 +73,8 @@ def parallax_attention(
       (B, T, N, Hv) in query's dtype.
 
     Raises:
-      ValueError: a shape, dtype or value is wrong; the message names the argument, what came and what is allowed.
+      ValueError: a shape, dtype or value is wrong, or does not divide among the mesh's devices; the message names the
+        argument, what came and what is allowed.
       NotImplementedError: the explicit `implementation` cannot run this call; the message says why.
     """
     query, probe, key, value = (jnp.asarray(x) for x in (query, probe, key, value))
@@ -90,6 +93,13 @@ def parallax_attention(
     if key_value_seq_lengths is not None:
         key_value_seq_lengths = check_int32("key_value_seq_lengths", key_value_seq_lengths, (batch,))
 
+    mask = Mask(query_offset, key_value_seq_lengths, segment_ids, bool(is_causal), local_window_size)
+    attend = functools.partial(_attend, implementation, scale, block_sizes)
+    return attend_per_device(attend, query, probe, key, value, mask)
+
+
+def _attend(implementation, scale, block_sizes, query, probe, key, value, mask: Mask):
+    """The call on one device."""
     if implementation == "reference":
         if block_sizes is not None:
             raise NotImplementedError("block_sizes: implementation 'reference' has no blocks")
@@ -99,13 +109,13 @@ def parallax_attention(
             key,
             value,
             scale=scale,
-            is_causal=is_causal,
-            query_offset=query_offset,
-            local_window_size=local_window_size,
-            segment_ids=segment_ids,
-            key_value_seq_lengths=key_value_seq_lengths,
+            is_causal=mask.is_causal,
+            query_offset=mask.offset,
+            local_window_size=mask.window,
+            segment_ids=mask.segment_ids,
+            key_segment_ids=mask.key_segment_ids,
+            key_value_seq_lengths=mask.lengths,
         )
-    mask = Mask(query_offset, key_value_seq_lengths, segment_ids, bool(is_causal), local_window_size)
     name = choose(BACKENDS, implementation, query, probe, key, value, mask, scale=scale, block_sizes=block_sizes)
     return _attention(name, scale, block_sizes, query, probe, key, value, mask)
 

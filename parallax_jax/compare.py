@@ -63,10 +63,10 @@ def value_and_gradients(attention, operands, cotangent) -> tuple[jax.Array, ...]
 
 
 def expected(workload: workloads.Workload, dtype, seed: int = 0) -> tuple[np.ndarray, ...]:
-    """What `value_and_gradients` should give, from the reference in float64."""
+    """What `value_and_gradients` should give, from the reference in float64 on the CPU."""
     operands = [np.asarray(x, np.float64) for x in workload.operands(dtype, seed)]
     options = {k: np.asarray(v) if isinstance(v, jax.Array) else v for k, v in workload.options(seed).items()}
-    with jax.enable_x64(True):
+    with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
         *operands, cotangent = (jnp.asarray(x) for x in operands)
         attention = lambda *x: parallax_reference(*x, **options)
         return tuple(np.asarray(x) for x in value_and_gradients(attention, operands, cotangent))

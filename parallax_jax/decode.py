@@ -7,10 +7,11 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.blocks import Mask
 from parallax_jax.attention import check_int32, check_operands, check_scale, check_window, choose, load
 from parallax_jax.reference import parallax_reference
+from parallax_jax.sharding import decode_per_device
 
 # Name -> (module with `unsupported` and `decode`, platforms on which None may choose it), fastest first.
 BACKENDS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "triton": ("pallas_kernels.triton.decode", ()),  # by name only, until it has run on a GPU
+    "triton": ("pallas_kernels.triton.decode", ("gpu",)),
     "mosaic_tpu": ("pallas_kernels.mosaic_tpu.decode", ("tpu",)),
     "xla": ("parallax_jax.xla_decode", ("cpu", "gpu", "tpu")),
 }
@@ -35,7 +36,8 @@ def parallax_decode(
     keys up to its own (arXiv 2605.29157, eq. 8, appendix C). T is 1 for a plain step, a few for speculative decoding, a
     chunk for prefill. A query at a negative position, so any query of a sequence of length 0, gives zero. What lies in
     the cache past `lengths`, or in pages that no sequence owns, may be anything, NaN included. New lengths never
-    recompile.
+    recompile. Under a mesh (`jax.set_mesh`) every device computes its own sequences and heads: see
+    `parallax_jax.sharding`.
 
     Args:
       query: (B, T, N, H) bfloat16, float16 or float32 ("reference" and "xla" also take float64).
@@ -56,7 +58,8 @@ def parallax_decode(
 
     Raises:
       ValueError: a shape, dtype or value is wrong. Lengths and page ids are checked where they are known, outside jit;
-        inside, a length over the capacity counts as the capacity and a page id is clipped to the pages there are.
+        inside, a length over the capacity counts as the capacity and a page id is clipped to the pages there are. Heads
+        must divide among the mesh's devices.
       NotImplementedError: the explicit `implementation` cannot run this call; the message says why.
     """
     query, probe, key_cache, value_cache = (jnp.asarray(x) for x in (query, probe, key_cache, value_cache))
@@ -86,14 +89,17 @@ def decode_at(
 
     None stands for `mask.lengths` - T. A chunk whose last tokens are padding starts later.
     """
-    if implementation == "reference":
-        if block_sizes is not None:
-            raise NotImplementedError("block_sizes: implementation 'reference' has no blocks")
-        return _reference(query, probe, key_cache, value_cache, mask, page_table, scale)
-    operands = (query, probe, key_cache, value_cache, mask, page_table)
-    options = {"scale": scale, "block_sizes": block_sizes}
-    name = choose(BACKENDS, implementation, *operands, **options)
-    return load(BACKENDS[name][0]).decode(*operands, **options)
+
+    def decode(*operands):
+        if implementation == "reference":
+            if block_sizes is not None:
+                raise NotImplementedError("block_sizes: implementation 'reference' has no blocks")
+            return _reference(*operands, scale)
+        options = {"scale": scale, "block_sizes": block_sizes}
+        name = choose(BACKENDS, implementation, *operands, **options)
+        return load(BACKENDS[name][0]).decode(*operands, **options)
+
+    return decode_per_device(decode, query, probe, key_cache, value_cache, mask, page_table)
 
 
 def _reference(query, probe, key, value, mask: Mask, page_table, scale):

@@ -43,6 +43,8 @@ class Conformance:
     """Subclasses name the implementation; the rest is capability switches."""
 
     implementation: str
+    dtype = jnp.float32
+    """Of every test that does not name one; bfloat16 for kernels that take no float32."""
     half_workloads = tuple(w.name for w in CONFORMANCE)
     """Workloads also run in bfloat16 and float16; interpreted kernels take fewer."""
 
@@ -53,13 +55,23 @@ class Conformance:
     def rng(self, request):
         return np.random.default_rng(list(request.node.nodeid.encode()))
 
-    def operands(self, rng, batch=1, queries=63, heads=2, head_dim=32, keys=None, kv_heads=None, dtype=jnp.float32):
+    def operands(self, rng, batch=1, queries=63, heads=2, head_dim=32, keys=None, kv_heads=None, dtype=None):
         keys, kv_heads = keys or queries, kv_heads or heads
         shapes = [(batch, queries, heads, head_dim)] * 2 + [(batch, keys, kv_heads, head_dim)] * 2
-        return [draw(rng, *shape, dtype=dtype) for shape in shapes]
+        return [draw(rng, *shape, dtype=dtype or self.dtype) for shape in shapes]
 
-    def bound(self, dtype=jnp.float32) -> float:
-        return compare.bounds(self.implementation, dtype)[1]
+    def skip_if_not_taken(self, dtype: str):
+        if dtype == "float32" and self.dtype != jnp.float32:
+            pytest.skip("takes no float32")
+
+    def bound(self) -> float:
+        return compare.bounds(self.implementation, self.dtype)[1]
+
+    def close(self, x, y, **tolerance):
+        """Within `tolerance` in float32, within the roundings of the results in half precision."""
+        if self.dtype != jnp.float32:
+            tolerance = dict(rtol=0, atol=3e-2)
+        np.testing.assert_allclose(x.astype(jnp.float32), jnp.asarray(y, jnp.float32), **tolerance)
 
     def check(self, workload: Workload, dtype):
         allowed = compare.bounds(self.implementation, dtype)
@@ -68,6 +80,7 @@ class Conformance:
 
     @pytest.mark.parametrize("workload", CONFORMANCE, ids=lambda w: w.name)
     def test_float32(self, workload):
+        self.skip_if_not_taken("float32")
         self.check(workload, jnp.float32)
 
     @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -75,21 +88,23 @@ class Conformance:
         self.check(BY_NAME[half_workload], jnp.dtype(dtype))
 
     def test_golden(self):
-        case = {name: jnp.asarray(x, jnp.float32)[None, :, None] for name, x in GOLDEN.items()}
+        case = {name: jnp.asarray(x, self.dtype)[None, :, None] for name, x in GOLDEN.items()}
         operands = [case[name] for name in ("query", "probe", "key", "value")]
         results = compare.value_and_gradients(self.attention, operands, case["cotangent"])
         for name, result in zip(compare.RESULTS, results, strict=True):
-            np.testing.assert_allclose(result, case[name], atol=1e-6, err_msg=name)
+            self.close(result, case[name], atol=1e-6, err_msg=name)
 
     def test_zero_probe_is_softmax(self, rng):
         query, _, key, value = self.operands(rng, batch=2, queries=111, heads=4, kv_heads=2)
         out = self.attention(query, jnp.zeros_like(query), key, value)
         with jax.default_matmul_precision("highest"):
+            query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
             softmax = jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="xla")
         assert compare.relative_error(out, softmax) <= self.bound()
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     def test_first_causal_row_is_its_value(self, rng, dtype):
+        self.skip_if_not_taken(dtype)
         operands = self.operands(rng, dtype=jnp.dtype(dtype))
         out, dquery, dprobe, _, _ = compare.value_and_gradients(self.attention, operands, operands[3])
         np.testing.assert_allclose(
@@ -100,26 +115,29 @@ class Conformance:
 
     def test_shifting_keys_changes_nothing(self, rng):
         query, probe, key, value = self.operands(rng)
-        shift = draw(rng, 1, 1, 2, 32)
+        shift = draw(rng, 1, 1, 2, 32, dtype=self.dtype)
         out = self.attention(query, probe, key, value)
         assert compare.relative_error(self.attention(query, probe, key + shift, value), out) <= 5 * self.bound()
 
     def test_shifting_values_shifts_the_output(self, rng):
         query, probe, key, value = self.operands(rng)
-        shift = draw(rng, 1, 1, 2, 32)
+        shift = draw(rng, 1, 1, 2, 32, dtype=self.dtype)
         out = self.attention(query, probe, key, value) + shift
         assert compare.relative_error(self.attention(query, probe, key, value + shift), out) <= self.bound()
 
     def test_weights_sum_to_one(self, rng):
         query, probe, key, value = self.operands(rng, keys=111)
-        out = self.attention(query, 5 * probe, key, jnp.ones_like(value))
-        np.testing.assert_allclose(out, 1.0, atol=1e-5)
+        size = 5 if self.dtype == jnp.float32 else 1
+        out = self.attention(query, size * probe, key, jnp.ones_like(value))
+        self.close(out, 1.0, atol=1e-5)
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     @pytest.mark.parametrize("case", ["key_offset", "large_probe", "peaked", "sink"])
     def test_cancellation(self, rng, case, dtype):
         """The correction is a difference of terms that a common part of the keys makes large: it must not show."""
-        query, probe, key, value = (np.array(x) for x in self.operands(rng, queries=200, head_dim=64))
+        self.skip_if_not_taken(dtype)
+        operands = self.operands(rng, queries=200, head_dim=64, dtype=jnp.float32)
+        query, probe, key, value = (np.array(x) for x in operands)
         if case == "key_offset":
             key = key + 3 * rng.normal(size=(1, 1, 2, 64))
         elif case == "large_probe":
@@ -138,7 +156,7 @@ class Conformance:
     @staticmethod
     def float64(function, operands):
         operands = [np.asarray(x, np.float64) for x in operands]
-        with jax.enable_x64(True):
+        with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
             return np.asarray(function(*(jnp.asarray(x) for x in operands)))
 
     def test_packed_equals_apart(self, rng):
@@ -156,9 +174,8 @@ class Conformance:
 
     def test_window_of_all_keys_is_none(self, rng):
         operands = self.operands(rng, queries=111)
-        np.testing.assert_allclose(
-            self.attention(*operands, local_window_size=111), self.attention(*operands), rtol=1e-5, atol=1e-6
-        )
+        windowed = self.attention(*operands, local_window_size=111)
+        self.close(windowed, self.attention(*operands), rtol=1e-5, atol=1e-6)
 
     def test_padding_may_hold_anything(self, rng):
         query, probe, key, value = self.operands(rng, batch=3, queries=63, keys=200)
@@ -166,7 +183,7 @@ class Conformance:
         padding = (jnp.arange(200) >= lengths[:, None])[:, :, None, None]
         attention = functools.partial(self.attention, key_value_seq_lengths=lengths)
         clean = compare.value_and_gradients(attention, (query, probe, key, value), query)
-        poison = [jnp.where(padding, jnp.asarray([jnp.nan, jnp.inf] * 16, jnp.float32), x) for x in (key, value)]
+        poison = [jnp.where(padding, jnp.asarray([jnp.nan, jnp.inf] * 16, self.dtype), x) for x in (key, value)]
         poisoned = compare.value_and_gradients(attention, (query, probe, *poison), query)
         for name, x, y in zip(compare.RESULTS, poisoned, clean, strict=True):
             np.testing.assert_array_equal(x, y, err_msg=name)
@@ -189,7 +206,7 @@ class Conformance:
             np.testing.assert_array_equal(x, y)
 
     def test_vmap(self, rng):
-        operands = [draw(rng, 3, *x.shape) for x in self.operands(rng)]
+        operands = [draw(rng, 3, *x.shape, dtype=self.dtype) for x in self.operands(rng)]
         offsets = jnp.asarray([0, -5, 20], jnp.int32)
 
         def attention(offset, *operands):

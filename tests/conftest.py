@@ -9,8 +9,8 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
 def pytest_configure(config):
-    """Compiling takes longer than running here, most of all for interpreted kernels; compile tests do it in full."""
-    if config.getoption("markexpr") != "compile":
+    """On a CPU compiling takes longer than running, most of all for interpreted kernels."""
+    if config.getoption("markexpr") not in ("compile", "gpu"):
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 
 

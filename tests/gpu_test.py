@@ -1,15 +1,33 @@
-"""Sizes that only a large GPU holds: `pytest -m gpu tests/gpu_test.py`."""
+"""Every kernel on a GPU: `pytest -m gpu`. Conformance, and sizes that only a large GPU holds."""
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from pallas_kernels.block_sizes import TritonDecodeBlockSizes
 from parallax_jax import compare, parallax_attention, parallax_reference
 from parallax_jax.attention import BACKENDS
-from parallax_jax.workloads import BY_NAME
+from parallax_jax.workloads import BY_NAME, CONFORMANCE
+from tests.conformance import Conformance
+from tests.decode_conformance import DecodeConformance
 
 pytestmark = pytest.mark.gpu
 KERNELS = [name for name, (_, platforms) in BACKENDS.items() if platforms == ("gpu",)]
+
+
+class TestTriton(Conformance):
+    implementation = "triton"
+
+
+class TestMosaicGpu(Conformance):
+    implementation = "mosaic_gpu"
+    dtype = jnp.bfloat16
+    half_workloads = tuple(w.name for w in CONFORMANCE if w.head_dim <= 128)
+
+
+class TestTritonDecode(DecodeConformance):
+    implementation = "triton"
+    block_sizes = tuple(TritonDecodeBlockSizes(*sizes, 2, 2) for sizes in ((16, 1), (32, 2), (16, 8)))
 
 
 def bfloat16(key: int, *shape):
