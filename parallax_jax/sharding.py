@@ -14,6 +14,7 @@ axes as the query's own type says.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -62,6 +63,17 @@ mesh_axes = jax.make_user_context(MeshAxes())
 """The `MeshAxes` in force: `mesh_axes.value`; others inside `with mesh_axes(MeshAxes(...)):`."""
 
 
+def on_mesh(mesh: jax.sharding.Mesh, function: Callable) -> Callable:
+    """`function`, traced with `mesh` as the ambient one: for a `jax.jit` whose caller need not set it."""
+
+    @functools.wraps(function)
+    def run(*args):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args)
+
+    return run
+
+
 def parameter_sharding(mesh: jax.sharding.Mesh, names: Sequence[str | None], shape: tuple[int, ...]) -> NamedSharding:
     """Where a parameter lies whose axes have these logical names; an axis that does not divide stays whole."""
     axes = mesh_axes.value
@@ -74,14 +86,19 @@ def parameter_sharding(mesh: jax.sharding.Mesh, names: Sequence[str | None], sha
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """Asks XLA to split the axes of `x` as `mesh_axes` says for these logical names, None staying whole.
 
-    Does nothing without a mesh, and leaves manual and explicit axes as they are.
+    A mesh axis that two of them name goes to the later one. Does nothing without a mesh, and leaves manual and explicit
+    axes as they are.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if not _of_type(mesh, AxisType.Auto):
+    left = _of_type(mesh, AxisType.Auto)
+    if not left:
         return x
-    return lax.with_sharding_constraint(
-        x, P(*(_automatic(mesh, n, size) for n, size in zip(names, x.shape, strict=True)))
-    )
+    spec = []
+    for name, size in reversed([*zip(names, x.shape, strict=True)]):
+        wanted = () if name is None else getattr(mesh_axes.value, name)
+        spec.append(_divide(mesh, [axis for axis in wanted if axis in left], size))
+        left = left.difference(spec[-1])
+    return lax.with_sharding_constraint(x, P(*reversed(spec)))
 
 
 def attend_per_device(attend: Callable, query, probe, key, value, mask: Mask):
@@ -173,11 +190,6 @@ def _divide(mesh, axes: Sequence[str], size: int) -> tuple[str, ...]:
     while size % _count(mesh, axes):
         axes = axes[:-1]
     return axes
-
-
-def _automatic(mesh, name: str | None, size: int) -> tuple[str, ...]:
-    axes = () if name is None else getattr(mesh_axes.value, name)
-    return _divide(mesh, [axis for axis in axes if axis in _of_type(mesh, AxisType.Auto)], size)
 
 
 def _axes_of(mesh, query) -> list[tuple[str, ...]]:
