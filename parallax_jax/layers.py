@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -12,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import device
 from parallax_jax.attention import parallax_attention
 from parallax_jax.cache import KVCache
+from parallax_jax.estimators import ESTIMATORS, Solver, local_estimator
 
 INIT_STD = 0.02
 
@@ -26,16 +28,44 @@ def bias_init(axes: tuple[str, ...]):
     return nn.with_logical_partitioning(nn.initializers.zeros_init(), axes)
 
 
+def _cast_input_only(x, kernel, bias, *, dtype):
+    """`promote_dtype` of a projection: `_dot_general` casts the kernel."""
+    return x.astype(dtype), kernel, None if bias is None else bias.astype(dtype)
+
+
 def _dot_general(x: Array, kernel: Array, dimension_numbers, precision=None) -> Array:
-    """`lax.dot_general` for projections: on a GPU a single row gets company.
+    """Product of the last axes of `x` with the first of `kernel`, in the dtype of `x`; on a GPU a row gets company.
 
     XLA turns a vector's product with a matrix into elementwise products, which it writes out before it sums them.
     """
-    rows = x.shape[: x.ndim - len(dimension_numbers[0][0])]
-    if math.prod(rows) > 1 or device.target()[0] != "gpu":
-        return lax.dot_general(x, kernel, dimension_numbers, precision)
-    padded = jnp.pad(x, [(0, 15)] + [(0, 0)] * (x.ndim - 1))
-    return lax.dot_general(padded, kernel, dimension_numbers, precision)[:1]
+    num_axes = len(dimension_numbers[0][0])
+    if math.prod(x.shape[:-num_axes]) > 1 or device.target()[0] != "gpu":
+        return _project(num_axes, x, kernel)
+    return _project(num_axes, jnp.pad(x, [(0, 15)] + [(0, 0)] * (x.ndim - 1)), kernel)[:1]
+
+
+def _product(num_axes, x, kernel):
+    return jnp.tensordot(x, kernel.astype(x.dtype), num_axes)
+
+
+_project = jax.custom_vjp(_product, nondiff_argnums=(0,))
+
+
+def _project_forward(num_axes, x, kernel):
+    return _product(num_axes, x, kernel), (x, kernel)  # not the cast kernel: memory for every layer
+
+
+def _project_backward(num_axes, residuals, dout):
+    x, kernel = residuals
+    rows, features = range(x.ndim - num_axes), kernel.ndim - num_axes
+    along_features = (range(dout.ndim - features, dout.ndim), range(num_axes, kernel.ndim))
+    dx = lax.dot_general(dout, kernel.astype(dout.dtype), (along_features, ((), ())))
+    # In the kernel's dtype, so that neither this sum nor those over devices and parts of the batch round to bfloat16.
+    dkernel = lax.dot_general(x, dout, ((rows, rows), ((), ())), preferred_element_type=kernel.dtype)
+    return dx, dkernel
+
+
+_project.defvjp(_project_forward, _project_backward)
 
 
 class RMSNorm(nn.Module):
@@ -55,12 +85,22 @@ class RMSNorm(nn.Module):
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Returns `x / rms(x) * scale` in the dtype of `x`."""
         init = nn.with_logical_partitioning(nn.initializers.constant(self.scale_init), ("norm",))
-        scale = self.param("scale", init, x.shape[-1:], self.param_dtype)
-        y = x.astype(jnp.float32)
-        y *= (jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon) ** -0.5
-        return (y * scale.astype(jnp.float32)).astype(x.dtype)
+        return _rms_norm(x, self.param("scale", init, x.shape[-1:], self.param_dtype), self.epsilon)
 
 
+# What a backward pass needs of these functions is recomputed from their inputs: the float32 values between are twice
+# the size of those, and cost less to compute again than to keep.
+_recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
+
+
+@functools.partial(_recomputed, static_argnums=2)
+def _rms_norm(x, scale, epsilon):
+    y = x.astype(jnp.float32)
+    y *= (jnp.mean(y * y, axis=-1, keepdims=True) + epsilon) ** -0.5
+    return (y * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+@functools.partial(_recomputed, static_argnums=2)
 def apply_rope(x: Float[Array, "B T N H"], positions: Int[Array, "#B T"], theta: float) -> Float[Array, "B T N H"]:
     """Rotary position embedding, rotate-half form: dimension i turns with i + H/2 by `position * theta^(-2i/H)`.
 
@@ -74,12 +114,34 @@ def apply_rope(x: Float[Array, "B T N H"], positions: Int[Array, "#B T"], theta:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
+def cudnn_runs(query: Array, segment_ids: Array | None, *, implementation: str | None, **_) -> bool:
+    """Whether softmax attention is left to cuDNN, the fastest for it: on a GPU, where it can, unless another is named.
+
+    Raises:
+      NotImplementedError: "cudnn" is named and cannot run the call.
+    """
+    if implementation not in (None, "cudnn"):
+        return False
+    reasons = {
+        f"runs on GPUs, not on {device.target()[0]}": device.target()[0] != "gpu",
+        "needs segment_ids=None": segment_ids is not None,
+        f"needs bfloat16 or float16, got {query.dtype}": query.dtype not in (jnp.bfloat16, jnp.float16),
+        f"needs a multiple of 8 up to 128 as head_dim, got {query.shape[-1]}": query.shape[-1] % 8
+        or query.shape[-1] > 128,
+    }
+    refused = [reason for reason, holds in reasons.items() if holds]
+    if implementation == "cudnn" and refused:
+        raise NotImplementedError(f"implementation 'cudnn' cannot run this call: it {refused[0]}")
+    return not refused
+
+
 class ParallaxAttention(nn.Module):
     """Multi-head Parallax attention (arXiv 2605.29157, eq. 8): softmax attention minus a covariance term.
 
     A probe, a second query from its own projection, tilts the softmax weights: `p (1 - t + sum p t)` with
     `t = probe . key`. Query, probe and key are normed, then rotated. `attention="softmax"` has no probe and is the
-    plain softmax baseline. The probe has the query's heads and is never cached.
+    plain softmax baseline. The probe has the query's heads and is never cached. The other estimators have no cache;
+    where the weights are uniform the query is the probe.
 
     Kernels start normal with standard deviation 0.02 (the paper gives none), the probe's included: a zero projection
     under a norm would have no usable gradient. To start from softmax attention set `probe_norm_init=0`.
@@ -88,7 +150,8 @@ class ParallaxAttention(nn.Module):
       num_heads: query heads N.
       num_kv_heads: key/value heads K; divides N.
       head_dim: width H of a head; even; independent of D / N.
-      attention: "parallax" or "softmax".
+      attention: "parallax", "softmax", or another of `estimators.ESTIMATORS`, such as "lla" or "linear".
+      solver: how "lla", "mesa" and "affine_mesa" find their probe.
       probe_rope: rotate the probe with the query's angles.
       probe_norm: norm the probe.
       probe_norm_init: initial gain of the probe's norm; 0 is softmax attention at the start.
@@ -100,13 +163,15 @@ class ParallaxAttention(nn.Module):
       out_init_std: initial standard deviation of the output projection.
       dtype: dtype of the computation.
       param_dtype: dtype of the parameters.
-      implementation: passed to `parallax_attention` and, with a cache, to `parallax_decode`.
+      implementation: passed to `parallax_attention` and, with a cache, to `parallax_decode`. For softmax also "cudnn",
+        which None takes on a GPU where it can: half precision, no segment ids, no cache.
     """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     attention: str = "parallax"
+    solver: Solver = Solver()
     probe_rope: bool = True
     probe_norm: bool = True
     probe_norm_init: float = 1.0
@@ -143,10 +208,12 @@ class ParallaxAttention(nn.Module):
           (B, T, D) in `dtype`, and the new cache (None without one).
 
         Raises:
-          ValueError: segment ids came with a cache.
+          ValueError: segment ids came with a cache, or a cache with attention that has none.
         """
         if cache is not None and segment_ids is not None:
             raise ValueError("segment_ids: a cache holds one segment per sequence, so it must be None")
+        if cache is not None and self.attention not in ("softmax", "parallax"):
+            raise ValueError(f"cache: attention {self.attention!r} has none, so it must be None")
         if positions is None:
             positions = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
             if cache is not None:
@@ -160,6 +227,7 @@ class ParallaxAttention(nn.Module):
                 param_dtype=self.param_dtype,
                 kernel_init=kernel_init(("embed", axis, "head_dim")),
                 bias_init=bias_init((axis, "head_dim")),
+                promote_dtype=_cast_input_only,
                 dot_general=_dot_general,
                 name=name,
             )(x)
@@ -170,9 +238,8 @@ class ParallaxAttention(nn.Module):
         query = heads("query", self.num_heads, "heads", norm=self.qk_norm, rope=True)
         key = heads("key", self.num_kv_heads, "kv_heads", norm=self.qk_norm, rope=True)
         value = heads("value", self.num_kv_heads, "kv_heads", norm=False, rope=False)
-        if self.attention == "softmax":
-            probe = jnp.zeros_like(query)
-        else:
+        softmax = self.attention == "softmax"
+        if self.attention == "parallax":
             probe = heads(
                 "probe",
                 self.num_heads,
@@ -181,9 +248,19 @@ class ParallaxAttention(nn.Module):
                 rope=self.probe_rope,
                 gain=self.probe_norm_init,
             )
+        else:
+            probe = query if ESTIMATORS[self.attention].probe == "learned" else jnp.zeros_like(query)
         self.sow("intermediates", "operands", (query, probe, key, value))  # kept only where a caller asks for them
         options = {"local_window_size": self.local_window_size, "implementation": self.implementation}
-        if cache is None:
+        if softmax and cache is None and cudnn_runs(query, segment_ids, **options):
+            window = None if self.local_window_size is None else (self.local_window_size - 1, 0)
+            options = {"is_causal": True, "local_window_size": window, "implementation": "cudnn"}
+            out = jax.nn.dot_product_attention(query, key, value, **options)
+        elif self.attention not in ("softmax", "parallax"):
+            probe = query if ESTIMATORS[self.attention].probe == "learned" else None
+            family = {"estimator": self.attention, "solver": self.solver, "segment_ids": segment_ids}
+            out = local_estimator(query, probe, key, value, **family, **options)
+        elif cache is None:
             out = parallax_attention(query, probe, key, value, segment_ids=segment_ids, **options)
         else:
             out, cache = cache.attend(query, probe, key, value, num_new, **options)
@@ -195,10 +272,16 @@ class ParallaxAttention(nn.Module):
             param_dtype=self.param_dtype,
             kernel_init=kernel_init(("heads", "head_dim", "embed"), self.out_init_std),
             bias_init=bias_init(("embed",)),
+            promote_dtype=_cast_input_only,
             dot_general=_dot_general,
             name="out",
         )(out)
         return out, cache
+
+
+@_recomputed
+def _gated(gate, up):
+    return nn.silu(gate) * up
 
 
 class SwiGLU(nn.Module):
@@ -222,11 +305,12 @@ class SwiGLU(nn.Module):
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Returns the layer's output, of the width of `x`, in `dtype`."""
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        dense = functools.partial(nn.Dense, use_bias=self.use_bias, dot_general=_dot_general, **dtypes)
+        products = {"promote_dtype": _cast_input_only, "dot_general": _dot_general}
+        dense = functools.partial(nn.Dense, use_bias=self.use_bias, **products, **dtypes)
         wide = functools.partial(
             dense, self.mlp_width, kernel_init=kernel_init(("embed", "mlp")), bias_init=bias_init(("mlp",))
         )
-        hidden = nn.silu(wide(name="gate")(x)) * wide(name="up")(x)
+        hidden = _gated(wide(name="gate")(x), wide(name="up")(x))
         return dense(
             x.shape[-1],
             kernel_init=kernel_init(("mlp", "embed"), self.out_init_std),

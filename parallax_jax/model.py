@@ -10,7 +10,9 @@ from jaxtyping import Array, Float, Int
 
 from parallax_jax.attention import RESIDUAL_NAMES
 from parallax_jax.cache import KVCache
+from parallax_jax.estimators import ESTIMATORS, Solver
 from parallax_jax.layers import INIT_STD, ParallaxAttention, RMSNorm, SwiGLU, kernel_init
+from parallax_jax.sharding import constrain, embed_per_device
 
 _policies = jax.checkpoint_policies
 # A policy that keeps these never runs the operator's forward pass twice.
@@ -36,7 +38,8 @@ class ModelConfig:
       num_kv_heads: key/value heads; divides `num_heads`.
       head_dim: width of a head; even, at most 256, independent of `width / num_heads`.
       mlp_width: hidden width of the SwiGLU layer.
-      attention: "parallax" or "softmax".
+      attention: "parallax", "softmax", or another of `estimators.ESTIMATORS`, which cannot generate.
+      solver: how attention "lla", "mesa" and "affine_mesa" solves for its probe.
       probe_rope: rotate the probe by its position.
       probe_norm: norm the probe.
       probe_norm_init: initial gain of the probe's norm; 0 starts from softmax attention.
@@ -54,6 +57,8 @@ class ModelConfig:
       remat: what the backward pass keeps of a block: "none" rematerialises nothing, "full" everything, "attention" all
         but the operator's residuals, "dots" all but those and the products with weights.
       scan_layers: stack the blocks' parameters on axis 0 and scan over them; else one subtree "layers_i" each.
+      scan_unroll: blocks in an iteration of the scan. `num_layers` leaves no loop: slower to compile, faster to train,
+        for a loop copies all that its backward pass needs.
       implementation: backend of the attention operator; None for the fastest that runs.
 
     Raises:
@@ -69,6 +74,7 @@ class ModelConfig:
     mlp_width: int
     _: dataclasses.KW_ONLY
     attention: str = "parallax"
+    solver: Solver = Solver()
     probe_rope: bool = True
     probe_norm: bool = True
     probe_norm_init: float = 1.0
@@ -83,17 +89,21 @@ class ModelConfig:
     param_dtype: str = "float32"
     remat: str = "none"
     scan_layers: bool = True
+    scan_unroll: int = 1
     implementation: str | None = None
 
     def __post_init__(self):
         floats = ("float32", "bfloat16", "float16")
-        for name in ("vocab_size", "num_layers", "width", "num_heads", "num_kv_heads", "head_dim", "mlp_width"):
+        sizes = ("vocab_size", "num_layers", "width", "num_heads", "num_kv_heads", "head_dim", "mlp_width")
+        for name in (*sizes, "scan_unroll"):
             self._check(name, getattr(self, name) >= 1, "an integer >= 1")
         self._check("head_dim", self.head_dim % 2 == 0 and self.head_dim <= 256, "an even integer up to 256")
         divides = self.num_heads % self.num_kv_heads == 0
         self._check("num_kv_heads", divides, f"a divisor of num_heads={self.num_heads}")
         if isinstance(self.local_window_size, list):  # from JSON
             object.__setattr__(self, "local_window_size", tuple(self.local_window_size))
+        if isinstance(self.solver, dict):
+            object.__setattr__(self, "solver", Solver(**self.solver))
         self._check("local_window_size", all(w is None or w >= 1 for w in self.windows), "None or an integer >= 1")
         self._check("local_window_size", len(self.windows) == self.num_layers, f"one for each of {self.num_layers}")
         alike = not self.scan_layers or len(set(self.windows)) == 1
@@ -102,7 +112,7 @@ class ModelConfig:
         self._check("rope_theta", self.rope_theta > 0, "a number > 0")
         self._check("norm_eps", self.norm_eps > 0, "a number > 0")
         self._check("qk_norm_eps", self.qk_norm_eps is None or self.qk_norm_eps > 0, "None or a number > 0")
-        allowed = {"attention": ("parallax", "softmax"), "remat": tuple(REMAT_POLICIES)}
+        allowed = {"attention": tuple(ESTIMATORS), "remat": tuple(REMAT_POLICIES)}
         for name, values in {**allowed, "dtype": floats, "param_dtype": floats}.items():
             self._check(name, getattr(self, name) in values, "one of " + ", ".join(values))
 
@@ -149,6 +159,7 @@ class Block(nn.Module):
             c.num_kv_heads,
             c.head_dim,
             attention=c.attention,
+            solver=c.solver,
             probe_rope=c.probe_rope,
             probe_norm=c.probe_norm,
             probe_norm_init=c.probe_norm_init,
@@ -164,6 +175,7 @@ class Block(nn.Module):
         x += attended
         h = RMSNorm(c.norm_eps, param_dtype=dtypes["param_dtype"], name="mlp_norm")(x)
         x += SwiGLU(c.mlp_width, c.use_bias is True, name="mlp", **shared)(h)
+        x = constrain(x, "batch", "sequence" if cache is None else None, None)
         return x, None if cache is None else (cache.key, cache.value)
 
 
@@ -191,12 +203,14 @@ class TransformerLM(nn.Module):
         )
         block = Block
         if c.remat != "none":
-            # Inside a scan the compiler cannot merge the two passes, so the barrier that prevents it is not needed.
-            block = nn.remat(block, policy=REMAT_POLICIES[c.remat], prevent_cse=not c.scan_layers)
+            # Inside a loop the compiler cannot merge the two passes, so the barrier that prevents it is not needed.
+            looped = c.scan_layers and c.scan_unroll == 1
+            block = nn.remat(block, policy=REMAT_POLICIES[c.remat], prevent_cse=not looped)
         if c.scan_layers:
             self.layers = nn.scan(
                 block,
                 length=c.num_layers,
+                unroll=c.scan_unroll,
                 variable_axes={"params": 0, "intermediates": 0},
                 split_rngs={"params": True},
                 in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast, 0),
@@ -230,7 +244,9 @@ class TransformerLM(nn.Module):
                 positions += cache.lengths[:, None]
             elif segment_ids is not None:
                 positions = segment_positions(segment_ids)
-        x = self.embed(tokens)
+        # Rows first, then the cast: the whole table is read for neither, and gradients add up in its own dtype.
+        dtype = jnp.dtype(self.config.dtype)
+        x = embed_per_device(self.embed.embedding, tokens, dtype, split_sequence=cache is None)
         if cache is None:
             for layer in [self.layers] if self.config.scan_layers else self.layers:
                 x, _ = layer(x, positions, segment_ids, None, None, None)
