@@ -1,5 +1,6 @@
 """What a run updates, where it lies on the devices, and the jitted step that updates it."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,12 +14,13 @@ from jaxtyping import Array, Float, Int
 
 from parallax_jax.model import TransformerLM
 from parallax_jax.pretrained import load_pretrained
+from parallax_jax.sharding import on_mesh, parameter_sharding
 from train.config import Config, ConfigError
+from train.loss import cross_entropy
 
 Batch = dict[str, Int[Array, "parts rows seq_len"]]
-# Logical axes of the parameters to axes of the mesh; those not named are replicated.
-_RULES = {"embed": "fsdp", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor"}
-_UNSHARDED = ("vocab", "head_dim", "norm", "layers")
+# Outermost first: devices of a host are next to each other, and "tensor" has the most to say.
+AXES = ("data", "fsdp", "context", "tensor")
 
 
 class TrainState(NamedTuple):
@@ -36,29 +38,32 @@ class TrainState(NamedTuple):
 
 
 def make_mesh(config: Config) -> Mesh:
-    """The device mesh (data, fsdp, tensor) of a run, over the first devices if it needs fewer than there are.
+    """The device mesh of a run, of axes `AXES`, over the first devices if it needs fewer than there are.
 
     Raises:
       ConfigError: too few devices, or the batch or the model does not divide.
     """
     sizes, have = config.mesh, jax.device_count()
-    data = sizes.data or max(1, have // (sizes.fsdp * sizes.tensor))
-    shape = (data, sizes.fsdp, sizes.tensor)
-    need, named = int(np.prod(shape)), f"mesh data={data} fsdp={sizes.fsdp} tensor={sizes.tensor}"
+    data = sizes.data or max(1, have // (sizes.fsdp * sizes.context * sizes.tensor))
+    shape = (data, sizes.fsdp, sizes.context, sizes.tensor)
+    need = math.prod(shape)
+    named = "mesh " + " ".join(f"{name}={size}" for name, size in zip(AXES, shape, strict=True))
     if need > have:
         raise ConfigError(f"{named} needs {need} devices and there are {have}: make the mesh smaller")
     rows = config.batch_size // config.accumulation_steps
     model = config.model
     for name, value, by in (
         ("batch_size / accumulation_steps", rows, data * sizes.fsdp),
+        ("seq_len", config.seq_len, 2 * sizes.context if sizes.context > 1 else 1),
         ("model.width", model.width, sizes.fsdp),
-        ("model.num_kv_heads", model.num_kv_heads, sizes.tensor),
+        ("model.num_heads", model.num_heads, sizes.tensor),
         ("model.mlp_width", model.mlp_width, sizes.tensor),
     ):
         if value % by:
             raise ConfigError(f"{named}: {name}={value} must be a multiple of {by}")
-    devices = np.array(jax.devices()[:need]).reshape(shape)
-    return Mesh(devices, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    if model.num_kv_heads % sizes.tensor and sizes.tensor % model.num_kv_heads:
+        raise ConfigError(f"{named}: model.num_kv_heads={model.num_kv_heads} must divide tensor or be a multiple of it")
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=jax.devices()[:need])
 
 
 def abstract_state(model: TransformerLM, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
@@ -68,8 +73,8 @@ def abstract_state(model: TransformerLM, optimizer: optax.GradientTransformation
         return model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
 
     boxed = jax.eval_shape(init_params)
-    rules = [*_RULES.items(), *((name, None) for name in _UNSHARDED)]
-    shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, rules)
+    is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
+    shardings = jax.tree.map(lambda box: parameter_sharding(mesh, box.names, box.value.shape), boxed, is_leaf=is_box)
     replicated = NamedSharding(mesh, PartitionSpec())
 
     def masked(leaf):
@@ -117,11 +122,30 @@ def _shardings(abstract):
     return jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
 
-def token_losses(model: TransformerLM, params, rows) -> Float[Array, "rows seq_len"]:
-    """Cross-entropy in nats of each target, float32; 0 where the row is padding."""
-    logits = model.apply({"params": params}, rows["inputs"], segment_ids=rows["segment_ids"])
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, rows["targets"])
-    return jnp.where(rows["segment_ids"] > 0, losses, 0.0)
+def sum_of_losses(
+    model: TransformerLM, params, rows, chunk: int, factor: Float[Array, ""] | float = 1.0
+) -> Float[Array, ""]:
+    """Sum over the real tokens of rows of the cross-entropy of their targets, in nats, float32, times a factor.
+
+    Args:
+      model: the model.
+      params: its parameters.
+      rows: "inputs", "targets" and "segment_ids", int32 (rows, seq_len); ids of 0 are padding. Without "segment_ids"
+        every row is one document.
+      chunk: tokens whose logits exist at once, on each device.
+      factor: of every token's loss.
+    """
+    segment_ids = rows.get("segment_ids")
+    hidden = model.apply({"params": params}, rows["inputs"], segment_ids=segment_ids, method="hidden")
+    real = jnp.ones(hidden.shape[:2], bool) if segment_ids is None else segment_ids > 0
+    weights = jnp.where(real, jnp.asarray(factor, jnp.float32), 0.0)
+    head = params["embed"]["embedding"] if model.config.tie_embeddings else params["lm_head"]["kernel"].T
+    return cross_entropy(hidden, head, rows["targets"], weights, chunk)
+
+
+def real_tokens(rows) -> Int[Array, ""]:
+    """Number of tokens that `sum_of_losses` sums over."""
+    return jnp.sum(rows["segment_ids"] > 0) if "segment_ids" in rows else jnp.int32(rows["inputs"].size)
 
 
 def make_train_step(
@@ -130,26 +154,31 @@ def make_train_step(
     schedule: optax.Schedule,
     abstract: TrainState,
     trainable: Callable[[Any], Any] = lambda params: params,
+    loss_chunk: int = 4096,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """The jitted update `(state, batch) -> (state, metrics)`; the state's memory is reused.
 
     The loss is the mean over all real tokens of the batch, whatever the parts in which it is computed. The metrics are
     scalars: "loss" in nats per token and "grad_norm" before the update and before clipping, "param_norm" after it,
     "learning_rate", and "tokens", the real ones. `trainable` returns the parameters with those that are frozen cut off
-    from differentiation.
+    from differentiation; `loss_chunk` is as in `train.loss`.
     """
 
     def step(state: TrainState, batch: Batch):
-        tokens = jnp.sum(batch["segment_ids"] > 0)
+        tokens = real_tokens(batch)
 
         def part_loss(params, part):
-            return jnp.sum(token_losses(model, trainable(params), part)) / tokens.astype(jnp.float32)
+            return sum_of_losses(model, trainable(params), part, loss_chunk, 1 / tokens.astype(jnp.float32))
 
         def accumulate(total, part):
             return jax.tree.map(jnp.add, total, jax.value_and_grad(part_loss)(state.params, part)), None
 
-        zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.params))
-        (loss, grads), _ = jax.lax.scan(accumulate, zero, batch)
+        parts = jax.tree.leaves(batch)[0].shape[0]
+        if parts == 1:
+            loss, grads = jax.value_and_grad(part_loss)(state.params, jax.tree.map(lambda leaf: leaf[0], batch))
+        else:
+            zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.params))
+            (loss, grads), _ = jax.lax.scan(accumulate, zero, batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {
@@ -161,13 +190,18 @@ def make_train_step(
         }
         return TrainState(state.step + 1, params, opt_state), metrics
 
+    step = on_mesh(abstract.step.sharding.mesh, step)
     return jax.jit(step, donate_argnums=0, out_shardings=(_shardings(abstract), None))
 
 
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Where a batch (parts, rows, seq_len) lies: each part's rows are split over the mesh."""
+    return NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp")))
+
+
 def device_batch(mesh: Mesh, rows: dict[str, np.ndarray], parts: int) -> Batch:
-    """Puts this process's rows (rows, seq_len) on its devices as (parts, rows, seq_len), rows split over the mesh."""
-    sharding = NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp")))
+    """Puts this process's rows (rows, seq_len) on its devices, as its share of a batch (parts, rows, seq_len)."""
     return {
-        name: jax.make_array_from_process_local_data(sharding, value.reshape(parts, -1, value.shape[-1]))
+        name: jax.make_array_from_process_local_data(batch_sharding(mesh), value.reshape(parts, -1, value.shape[-1]))
         for name, value in rows.items()
     }
