@@ -4,14 +4,17 @@ import time
 from pathlib import Path
 
 from train.config import parse_command_line, run_command
+from train.distributed import failing_together, gather_text, initialize
 from train.loop import train
 
 
 def main(argv: list[str]) -> int:
     """Trains the preset that the command line names; returns the exit code."""
     preset, config = parse_command_line(argv)
-    folder = config.run_dir or f"runs/{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-    return train(config, Path(folder), preset)
+    initialize(config.launch)
+    with failing_together():
+        folder = config.run_dir or f"runs/{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+        return train(config, Path(gather_text(folder)[0]), preset)
 
 
 if __name__ == "__main__":

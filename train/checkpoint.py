@@ -6,12 +6,12 @@ import json
 import shutil
 from pathlib import Path
 
-import grain
 import jax
 from orbax.checkpoint import v1 as ocp
 
 from train.config import ConfigError
 from train.data import write_text_atomically
+from train.distributed import gather_text
 from train.state import TrainState
 
 _DIGESTS = "sha256.json"
@@ -22,7 +22,10 @@ class DamagedError(Exception):
 
 
 class Checkpoints:
-    """The checkpoints of a run: the state and the data iterator of its newest steps; a context manager."""
+    """The checkpoints of a run: the state at its newest steps; a context manager. All processes call it alike.
+
+    The step alone says which rows come next.
+    """
 
     def __init__(self, folder: Path, keep: int):
         self._folder = folder
@@ -35,11 +38,11 @@ class Checkpoints:
             cleanup_tmp_directories=True,
         )
 
-    def save(self, state: TrainState, data: grain.DatasetIterator):
+    def save(self, state: TrainState):
         """Begins to write a checkpoint, after the one before is complete; training goes on meanwhile."""
         self.wait()
         step = int(state.step)
-        response = self._orbax.save_checkpointables_async(step, {"state": state, "data": data})
+        response = self._orbax.save_checkpointables_async(step, {"state": state})
         self._saving = self._thread.submit(self._finish, response, step)
 
     def _finish(self, response, step: int):
@@ -63,8 +66,8 @@ class Checkpoints:
         self.wait()
         return None if self._orbax.latest is None else self._orbax.latest.step
 
-    def restore(self, abstract: TrainState, data: grain.DatasetIterator, warn) -> TrainState | None:
-        """Loads the newest checkpoint that can be read, and sets `data` to its place; None where there is none.
+    def restore(self, abstract: TrainState, warn) -> TrainState | None:
+        """Loads the newest checkpoint that can be read; None where there is none.
 
         One that cannot is moved out of the way and reported by `warn(text)`.
 
@@ -72,21 +75,27 @@ class Checkpoints:
           ConfigError: a checkpoint holds arrays of other shapes.
         """
         while (step := self.latest) is not None:
-            intact = False
+            path = self.path(step)
+            state, intact, problem = None, False, ""
             try:
-                intact = _check_files(self.path(step))
-                _check_shapes(self._orbax.metadata(step).metadata, abstract, self.path(step))
-                loaded = self._orbax.load_checkpointables(step, {"state": abstract, "data": data})
-                return loaded["state"]
+                intact = _check_files_once(path)
+                _check_shapes(self._orbax.metadata(step).metadata, abstract, path)
+                state = self._orbax.load_checkpointables(step, {"state": abstract})["state"]
             except Exception as error:  # whatever the storage raises on damaged files
                 if intact or isinstance(error, ConfigError):
                     raise
-                aside = self._folder / f"damaged-{step}"
+                problem = _first_line(error)
+            problem = next(filter(None, gather_text(problem)), "")
+            if not problem:
+                return state
+            aside = self._folder / f"damaged-{step}"
+            if jax.process_index() == 0:
                 shutil.rmtree(aside, ignore_errors=True)
-                self.path(step).rename(aside)
-                self._orbax.reload()
-                before = f"using that of step {self.latest}" if self.latest is not None else "starting anew"
-                warn(f"checkpoint {self.path(step)} is damaged ({_first_line(error)}); moved to {aside}; {before}")
+                path.rename(aside)
+            gather_text("moved")
+            self._orbax.reload()
+            before = f"using that of step {self.latest}" if self.latest is not None else "starting anew"
+            warn(f"checkpoint {path} is damaged ({problem}); moved to {aside}; {before}")
         return None
 
     def __enter__(self):
@@ -120,6 +129,20 @@ def _check_files(path: Path) -> bool:
         if was[name] != now.get(name):
             raise DamagedError(f"{name} is {'changed' if name in now else 'missing'}")
     return True
+
+
+def _check_files_once(path: Path) -> bool:
+    """`_check_files` for all processes; one reads the files."""
+    outcome = ""
+    if jax.process_index() == 0:
+        try:
+            outcome = "intact" if _check_files(path) else "unknown"
+        except (DamagedError, OSError, ValueError) as error:
+            outcome = _first_line(error)
+    outcome = gather_text(outcome)[0]
+    if outcome not in ("intact", "unknown"):
+        raise DamagedError(outcome)
+    return outcome == "intact"
 
 
 def _first_line(error: Exception) -> str:

@@ -93,10 +93,29 @@ class MeshConfig:
     """Devices that split the batch and the parameters."""
     tensor: int = 1
     """Devices that split heads and hidden units."""
+    context: int = 1
+    """Devices that split the tokens of a row."""
 
     def __post_init__(self):
         for name, size in dataclasses.asdict(self).items():
             _require(size is None or size >= 1, f"mesh.{name}={size}: it must be 1 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class LaunchConfig:
+    """How the processes of a run meet. Under srun and mpirun, and in pods with jax[k8s], they do so without flags."""
+
+    coordinator: str | None = None
+    """HOST:PORT of process 0, which all of them can reach."""
+    num_processes: int | None = None
+    """Number of processes; 1 starts one alone whatever launched it."""
+    process_id: int | None = None
+    """Which of them this is, from 0."""
+    timeout: int = 60
+    """Seconds of silence after which a process counts as dead, and the others end."""
+
+    def __post_init__(self):
+        _require(self.timeout >= 1, f"launch.timeout={self.timeout}: it must be 1 or more")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,8 +128,9 @@ class Config:
     tokenizer.json is used if it has one; a Qwen3 becomes what model.attention says."""
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
-    data: str | None = None
-    """Text file or folder to train on; None for the source of Python's own standard library."""
+    data: str = "stdlib"
+    """Text file or folder to train on; stdlib for the source of Python's own standard library, site-packages for that
+    of the packages installed beside this one."""
     tokenizer: Literal["bytes", "bpe", "pretrained"] = "bytes"
     """Bytes, or byte-level BPE of model.vocab_size tokens trained on the training split; pretrained: tokenizer.json of
     `init_from`, which is set for you."""
@@ -122,6 +142,8 @@ class Config:
     """Rows of one update, over all devices."""
     accumulation_steps: int = 1
     """Parts in which the rows of one update are computed, one after another."""
+    loss_chunk: int = 4096
+    """Tokens whose logits exist at once, on each device; the loss does not depend on it."""
     steps: int = 1000
     """Updates."""
     seed: int = 0
@@ -144,10 +166,11 @@ class Config:
     """Start of the sample that training ends with."""
     run_dir: str | None = None
     """Folder of the run; that of an unfinished run continues it. None for runs/PRESET-TIME."""
+    launch: LaunchConfig = LaunchConfig()
 
     def __post_init__(self):
         for name in (
-            *("seq_len", "batch_size", "accumulation_steps", "steps", "log_interval", "eval_interval"),
+            *("seq_len", "batch_size", "accumulation_steps", "loss_chunk", "steps", "log_interval", "eval_interval"),
             *("eval_batches", "checkpoint_interval"),
         ):
             _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: it must be 1 or more")
@@ -225,13 +248,18 @@ def _from_dict(cls: type, values: dict[str, Any]):
 
 
 def difference(a: Config, b: Config) -> str | None:
-    """The first field in which two runs differ, as text; `run_dir` does not count. None where they agree."""
+    """The first field in which two runs differ, as text; where and on what they run does not count. None for no field.
+
+    A run may go on over another mesh or number of processes: its rows and their order stay the same.
+    """
 
     def flat(values, prefix=""):
         for key, value in values.items():
+            if key in ("run_dir", "mesh", "launch"):
+                continue
             if isinstance(value, dict):
                 yield from flat(value, f"{prefix}{key}.")
-            elif key != "run_dir":
+            else:
                 yield prefix + key, value
 
     for (name, old), (_, new) in zip(flat(dataclasses.asdict(a)), flat(dataclasses.asdict(b)), strict=True):

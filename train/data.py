@@ -14,6 +14,7 @@ import platform
 import shutil
 import sysconfig
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import grain
@@ -29,6 +30,9 @@ _CACHE = Path(".cache")
 # Not source to learn from, or cut out of the standard library by some distributors.
 _SKIPPED_FOLDERS = {"test", "tests", "encodings", "idlelib", "lib2to3", "ensurepip", "tkinter"}
 _SKIPPED_FOLDERS |= {"site-packages", "dist-packages", "__pycache__"}
+# Directories of installed packages that are copies of one another for the most part.
+_REPETITIVE_PACKAGES = {"transformers/models"}
+_PACKAGE_TEXT = {".py", ".pyi", ".md", ".rst"}
 # A file of the user's above the first size is cut at line ends into documents of about the second.
 _LONG_FILE, _PIECE = 1 << 16, 1 << 14
 
@@ -63,6 +67,21 @@ def standard_library() -> dict[str, str]:
         generated = path.name.startswith("_sysconfigdata") or any(part.startswith("config-") for part in folders)
         if not generated and _SKIPPED_FOLDERS.isdisjoint(folders):
             texts[name.as_posix()] = _read(path)
+    return texts
+
+
+def installed_packages() -> dict[str, str]:
+    """Python source and documentation of the packages beside this one: text by relative path, each text once."""
+    root = Path(sysconfig.get_paths()["purelib"])
+    texts, seen = {}, set()
+    for path in sorted(path for path in root.rglob("*") if path.suffix in _PACKAGE_TEXT):
+        name = path.relative_to(root)
+        if any(name.is_relative_to(folder) for folder in _REPETITIVE_PACKAGES):
+            continue
+        text = _read(path)
+        if text not in seen and "\0" not in text:
+            seen.add(text)
+            texts[name.as_posix()] = text
     return texts
 
 
@@ -111,22 +130,24 @@ def load_corpus(config: Config) -> Corpus:
     Raises:
       ConfigError: no such path, under 2 MB of text, nothing to validate on, or a vocabulary too small for it.
     """
-    source = Path(config.data) if config.data is not None else None
-    if source is not None and not source.exists():
-        raise ConfigError(f"data={config.data!r}: no such file or folder")
-    texts = standard_library() if source is None else text_files(source)
+    named = {"stdlib": standard_library, "site-packages": installed_packages}
+    if config.data in named:
+        texts, source = named[config.data](), config.data
+    elif Path(config.data).exists():
+        texts, source = text_files(Path(config.data)), str(Path(config.data).resolve())
+    else:
+        raise ConfigError(f"data={config.data!r}: no such file or folder, and none of {', '.join(named)}")
     size = sum(len(text.encode()) for text in texts.values())
-    where = "the Python standard library" if source is None else config.data
     if size < _MIN_BYTES:
-        raise ConfigError(f"data: {where} holds {size:,} bytes of text; {_MIN_BYTES:,} are needed, pass --data PATH")
+        raise ConfigError(f"data: {source} holds {size:,} bytes of text; {_MIN_BYTES:,} are needed, pass --data PATH")
     if {split_of(name) for name in texts} != set(SPLITS):
-        raise ConfigError(f"data: {where} has too few documents ({len(texts)}) to keep some for validation")
+        raise ConfigError(f"data: {source} has too few documents ({len(texts)}) to keep some for validation")
 
     digest = hashlib.sha256()
     for name, text in texts.items():
         digest.update(f"{name}\0{text}\0".encode())
     record = {
-        "source": "stdlib" if source is None else str(source.resolve()),
+        "source": source,
         "sha256": digest.hexdigest(),
         "files": len(texts),
         "bytes": size,
@@ -239,16 +260,32 @@ def _best_fit(starts: np.ndarray, lengths: np.ndarray, seq_len: int) -> list[lis
 
 
 def batches(
-    rows: PackedRows, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
+    rows: PackedRows, batch_size: int, seed: int, *, parts: int = 1, block: int = 0, blocks: int = 1, start: int = 0
 ) -> grain.DatasetIterator:
-    """Endless shuffled batches of this process's share of each update's rows; a new order in every epoch.
+    """Endless shuffled batches, one per update; a new order in every epoch. Close it when done.
 
-    The iterator's state is the index of the next batch. Close it when done.
+    An update's rows are the next `batch_size` of the order, in `parts` of which each is cut into `blocks`. This yields
+    block number `block` of every part, so that the order does not depend on who reads which block.
+
+    Args:
+      rows: the split.
+      batch_size: rows of an update over all blocks.
+      seed: of the order.
+      parts: consecutive shares of an update's rows.
+      block: the share of each part to yield.
+      blocks: number of shares.
+      start: updates to pass over: a run continues where it stopped.
     """
     dataset = grain.MapDataset.source(rows).shuffle(seed=seed).repeat()
-    dataset = dataset[process_index::process_count].batch(batch_size // process_count, drop_remainder=True)
+    dataset = dataset.batch(batch_size // (parts * blocks))[block::blocks].batch(parts, batch_fn=_join)
     # A row costs microseconds: threads would cost more than they hide.
-    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
+    iterator = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
+    iterator.set_state({"next_index": start})
+    return iterator
+
+
+def _join(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def write_text_atomically(path: Path, text: str):

@@ -5,39 +5,46 @@ import math
 from typing import Annotated
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
+from jax.sharding import NamedSharding, PartitionSpec
 
 from parallax_jax.model import TransformerLM
+from parallax_jax.sharding import on_mesh
 from train.config import parse_flags, run_command
 from train.data import PackedRows, load_corpus
+from train.distributed import share_of_rows
 from train.run import check_corpus, load_checkpoint
-from train.state import device_batch, token_losses
+from train.state import batch_sharding, device_batch, real_tokens, sum_of_losses
 
 
 class Evaluator:
-    """Mean loss of parameters on a split's rows, batch after batch in a fixed order."""
+    """Mean loss of parameters on a split's rows, batch after batch in a fixed order; each process reads its share."""
 
-    def __init__(self, model: TransformerLM, rows: PackedRows, batch_size: int, mesh: jax.sharding.Mesh):
+    def __init__(
+        self, model: TransformerLM, rows: PackedRows, batch_size: int, mesh: jax.sharding.Mesh, loss_chunk: int = 4096
+    ):
         self._rows, self._batch_size, self._mesh = rows, batch_size, mesh
+        self._blank = jax.tree.map(np.zeros_like, rows[0])
+        block, blocks = share_of_rows(batch_sharding(mesh), (1, batch_size, len(self._blank["inputs"])))
+        self._mine = slice(block * batch_size // blocks, (block + 1) * batch_size // blocks)
 
-        @jax.jit
         def sums(params, batch):
             batch = jax.tree.map(lambda leaf: leaf[0], batch)
-            return jnp.sum(token_losses(model, params, batch)), jnp.sum(batch["segment_ids"] > 0)
+            return sum_of_losses(model, params, batch, loss_chunk), real_tokens(batch)
 
-        self._sums = sums
+        self._sums = jax.jit(on_mesh(mesh, sums), out_shardings=NamedSharding(mesh, PartitionSpec()))
 
     def __call__(self, params, max_batches: int | None = None) -> tuple[float, int]:
         """Returns the mean loss in nats per token over the first batches (None for all), and their tokens."""
         totals = []
         for first in range(0, len(self._rows), self._batch_size)[:max_batches]:
-            rows = [self._rows[i] for i in range(first, min(first + self._batch_size, len(self._rows)))]
-            batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-            padding = ((0, self._batch_size - len(rows)), (0, 0))
-            batch = {name: np.pad(value, padding) for name, value in batch.items()}
-            totals.append(self._sums(params, device_batch(self._mesh, batch, 1)))
+            mine = range(first, first + self._batch_size)[self._mine]
+            rows = [self._rows[i] if i < len(self._rows) else self._blank for i in mine]
+            batch = {name: np.stack([row[name] for row in rows]) for name in self._blank}
+            batch = device_batch(self._mesh, batch, 1)
+            jax.block_until_ready(totals[-1:])  # collectives of two programs at a time can block one another on CPUs
+            totals.append(self._sums(params, batch))
         nats, tokens = (math.fsum(float(value) for value in column) for column in zip(*totals, strict=True))
         return nats / tokens, int(tokens)
 

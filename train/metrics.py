@@ -1,5 +1,6 @@
 """Where a run's numbers go: JSON lines, TensorBoard, a curve, the terminal."""
 
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -42,6 +43,16 @@ class MetricWriter:
         self._events.close()
 
 
+class NoMetrics(contextlib.AbstractContextManager):
+    """A `MetricWriter` that drops everything, for all processes but the first."""
+
+    def write(self, step: int, **values: float):
+        """Does nothing."""
+
+    def __exit__(self, *_):
+        pass
+
+
 def read_metrics(folder: Path) -> list[dict]:
     """The records of a run's metrics.jsonl; a last line cut off by a crash is dropped."""
     path = folder / "metrics.jsonl"
@@ -68,10 +79,13 @@ def save_loss_curve(folder: Path):
 
 
 class Progress:
-    """A bar with loss, tokens/s and time left on a terminal, else a line every few steps; a context manager."""
+    """A bar with loss, tokens/s and time left on a terminal, else a line every few steps; a context manager.
 
-    def __init__(self, start: int, steps: int, log_interval: int):
-        self._console = rich.console.Console(highlight=False, soft_wrap=True)
+    `quiet` shows nothing, for all processes but the first.
+    """
+
+    def __init__(self, start: int, steps: int, log_interval: int, quiet: bool = False):
+        self._console = rich.console.Console(highlight=False, soft_wrap=True, quiet=quiet)
         self._steps, self._log_interval = steps, log_interval
         self._window = [(start, 0, time.perf_counter())]  # (step, tokens so far, time) of the last few steps
         self._bar = None

@@ -39,6 +39,20 @@ def run_record(preset: str, corpus: Corpus, num_params: int) -> dict:
     }
 
 
+def enter_run(folder: Path, config: Config, record: dict, tokenizer_folder: Path):
+    """Makes a run's folder, or checks that the one that is there can be continued; process 0 calls it first.
+
+    Raises:
+      ConfigError: it cannot be made, holds another run, or is not one folder for all processes.
+    """
+    if (folder / "config.json").exists():
+        check_resumable(folder, config, record)
+    elif jax.process_index() == 0:
+        create_run(folder, config, record, tokenizer_folder)
+    else:
+        raise ConfigError(f"run_dir={str(folder)!r} is not there: choose a folder on storage that all processes share")
+
+
 def create_run(folder: Path, config: Config, record: dict, tokenizer_folder: Path):
     """Makes a run folder with its configuration, its record and its tokenizer.
 

@@ -111,7 +111,7 @@ def scramble(path: Path):
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("damage", ["truncated data", "scrambled data", "no manifest", "no iterator"])
+@pytest.mark.parametrize("damage", ["truncated data", "scrambled data", "no manifest", "no state"])
 def test_damaged_newest_checkpoint_is_named_and_the_one_before_used(
     damage, finished_run, config, tmp_path, monkeypatch, capsys
 ):
@@ -126,7 +126,7 @@ def test_damaged_newest_checkpoint_is_named_and_the_one_before_used(
         for path in (newest / "state").rglob("manifest.ocdbt"):
             path.unlink()
     else:
-        shutil.rmtree(newest / "data")
+        shutil.rmtree(newest / "state")
     with pytest.raises(ConfigError, match=r"checkpoints/20 is damaged .*; try another of the run"):
         evaluate.main([str(folder)])
     assert run_training(config, folder, "tiny") == 0
