@@ -76,11 +76,7 @@ def on_mesh(mesh: jax.sharding.Mesh, function: Callable) -> Callable:
 
 def parameter_sharding(mesh: jax.sharding.Mesh, names: Sequence[str | None], shape: tuple[int, ...]) -> NamedSharding:
     """Where a parameter lies whose axes have these logical names; an axis that does not divide stays whole."""
-    axes = mesh_axes.value
-    known = {**{name: getattr(axes, name) for name in ("heads", "mlp", "vocab", "embed")}, "kv_heads": axes.heads}
-    return NamedSharding(
-        mesh, P(*(_divide(mesh, known.get(n, ()), size) for n, size in zip(names, shape, strict=True)))
-    )
+    return NamedSharding(mesh, _parameter_spec(mesh, names, shape))
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
@@ -99,6 +95,34 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
         spec.append(_divide(mesh, [axis for axis in wanted if axis in left], size))
         left = left.difference(spec[-1])
     return lax.with_sharding_constraint(x, P(*reversed(spec)))
+
+
+def embed_per_device(table, tokens, dtype, *, split_sequence: bool):
+    """Rows of an embedding in `dtype`, (B, T, D), each device reading its own part of the table.
+
+    XLA left alone gathers the table whole where the vocabulary is split. Here the tokens go to the columns, and then
+    columns change places with rows.
+    """
+    mesh = _mesh(table)
+    if not _free(mesh):
+        return jnp.take(table, tokens, axis=0).astype(dtype)
+    rules, (vocab, columns) = mesh_axes.value, map(_names, _parameter_spec(mesh, ("vocab", "embed"), table.shape))
+    batch = _divide(mesh, rules.batch, tokens.shape[0])
+    sequence = _divide(mesh, rules.sequence, tokens.shape[1]) if split_sequence else ()
+    shared = tuple(axis for axis in columns if axis in batch)  # its devices hold other rows and other columns
+    others = tuple(axis for axis in columns if axis not in batch)
+
+    def local(table, tokens):
+        tokens = lax.all_gather(tokens, shared, axis=0, tiled=True) if shared else tokens
+        ids = tokens - (lax.axis_index(vocab) * len(table) if vocab else 0)
+        here = (ids >= 0) & (ids < len(table))
+        x = jnp.where(here[..., None], jnp.take(table, ids, axis=0, mode="clip"), 0.0).astype(dtype)
+        x = lax.psum(x, vocab) if vocab else x
+        x = lax.all_gather(x, others, axis=2, tiled=True) if others else x
+        return lax.all_to_all(x, shared, split_axis=0, concat_axis=2, tiled=True) if shared else x
+
+    rows = P(batch, sequence)
+    return _shard_map(mesh, local, (P(vocab, shared + others), rows), rows)(table, tokens)
 
 
 def attend_per_device(attend: Callable, query, probe, key, value, mask: Mask):
@@ -182,6 +206,12 @@ def _free(mesh) -> set[str]:
 
 def _count(mesh, axes: Sequence[str]) -> int:
     return math.prod(mesh.shape[name] for name in axes)
+
+
+def _parameter_spec(mesh, names, shape) -> P:
+    axes = mesh_axes.value
+    known = {**{name: getattr(axes, name) for name in ("heads", "mlp", "vocab", "embed")}, "kv_heads": axes.heads}
+    return P(*(_divide(mesh, known.get(name, ()), size) for name, size in zip(names, shape, strict=True)))
 
 
 def _divide(mesh, axes: Sequence[str], size: int) -> tuple[str, ...]:

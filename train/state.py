@@ -1,5 +1,7 @@
 """What a run updates, where it lies on the devices, and the jitted step that updates it."""
 
+import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -68,11 +70,7 @@ def make_mesh(config: Config) -> Mesh:
 
 def abstract_state(model: TransformerLM, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state, as `jax.ShapeDtypeStruct`s."""
-
-    def init_params():
-        return model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-
-    boxed = jax.eval_shape(init_params)
+    boxed = jax.eval_shape(functools.partial(_init_params, model), jax.random.key(0))
     is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
     shardings = jax.tree.map(lambda box: parameter_sharding(mesh, box.names, box.value.shape), boxed, is_leaf=is_box)
     replicated = NamedSharding(mesh, PartitionSpec())
@@ -105,7 +103,7 @@ def init_state(
     """
     shardings = _shardings(abstract)
     if init_from is None:
-        init = lambda key: nn.meta.unbox(model.init(key, jnp.zeros((1, 1), jnp.int32))["params"])
+        init = lambda key: nn.meta.unbox(_init_params(model, key))
         params = jax.jit(init, out_shardings=shardings.params)(jax.random.key(seed))
     else:
         options = {"attention": model.config.attention, "dtype": "float32", "seed": seed}
@@ -116,6 +114,12 @@ def init_state(
     begin = lambda params: (jnp.int32(0), optimizer.init(params))
     step, opt_state = jax.jit(begin, out_shardings=(shardings.step, shardings.opt_state))(params)
     return TrainState(step, params, opt_state)
+
+
+def _init_params(model: TransformerLM, key):
+    # No parameter depends on the attention kernel, which may be one for devices that are not here.
+    model = TransformerLM(dataclasses.replace(model.config, implementation="xla"))
+    return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
 
 def _shardings(abstract):
