@@ -53,6 +53,8 @@ class OptimizerConfig:
     """Muon's momentum (Nesterov)."""
     newton_schulz_steps: int = 5
     """Iterations of Muon's orthogonalisation."""
+    newton_schulz_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of those iterations. Each device takes its share of the matrices."""
     scaling: Literal["spectral", "width", "consistent_rms"] = "spectral"
     """Factor of Muon's update: sqrt(out/in), sqrt(max(1, out/in)), or 0.2 sqrt(max(in, out))."""
     per_head: bool = False
@@ -162,6 +164,8 @@ class Config:
     """Steps between two checkpoints."""
     keep_checkpoints: int = 3
     """Newest checkpoints that are kept."""
+    profile: int | None = None
+    """First of three updates of which a trace is written to the run's folder, for TensorBoard or Perfetto."""
     prompt: str = "def "
     """Start of the sample that training ends with."""
     run_dir: str | None = None
@@ -255,7 +259,7 @@ def difference(a: Config, b: Config) -> str | None:
 
     def flat(values, prefix=""):
         for key, value in values.items():
-            if key in ("run_dir", "mesh", "launch"):
+            if key in ("run_dir", "mesh", "launch", "profile"):
                 continue
             if isinstance(value, dict):
                 yield from flat(value, f"{prefix}{key}.")

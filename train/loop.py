@@ -22,6 +22,7 @@ from train.run import enter_run, run_record
 from train.state import abstract_state, batch_sharding, device_batch, init_state, make_mesh, make_train_step
 
 _SAMPLE_TOKENS = 200
+_TRACED = 3  # updates in a trace
 
 
 class NonFinite(Exception):
@@ -49,11 +50,11 @@ def train(config: Config, folder: Path, preset: str) -> int:
 
     schedule = learning_rate_schedule(config.optimizer, config.steps)
     trainable = functools.partial(stop_frozen, config.optimizer)
-    train_step = make_train_step(model, optimizer, schedule, abstract, trainable)
+    train_step = make_train_step(model, optimizer, schedule, abstract, trainable, config.loss_chunk)
     parts, part = config.accumulation_steps, config.batch_size // config.accumulation_steps
     block, blocks = in_turn(lambda: share_of_rows(batch_sharding(mesh), (parts, part, config.seq_len)))
     held_out = corpus.rows("validation", config.seq_len)
-    evaluate = Evaluator(model, held_out, part, mesh)
+    evaluate = Evaluator(model, held_out, part, mesh, config.loss_chunk)
     rows = corpus.rows("train", config.seq_len)
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(folder, config.keep_checkpoints))
@@ -88,10 +89,15 @@ def train(config: Config, folder: Path, preset: str) -> int:
         pending, stopped_by = None, 0
         try:
             for step in range(start + 1, config.steps + 1):
+                if step == config.profile and first:
+                    jax.profiler.start_trace(folder / "trace")
                 state, metrics = train_step(state, device_batch(mesh, next(data), parts))
                 if pending:
                     report(*pending)
                 pending = step, metrics
+                if step - _TRACED + 1 == config.profile and first:
+                    jax.block_until_ready(metrics)
+                    jax.profiler.stop_trace()
                 stopped_by = stop.after(step)
                 last = step == config.steps or stopped_by > 0
                 look = step % config.eval_interval == 0 and not last

@@ -59,7 +59,7 @@ def test_iterator_resumes_exactly_in_any_epoch():
     rows = PackedRows(tokens, starts, 16)
     iterator = batches(rows, 5, seed=3)
     seen = []
-    for step in range(20):  # 3 epochs
+    for _ in range(20):  # 3 epochs
         seen.append(next(iterator))
     iterator.close()
     resumed = batches(rows, 5, seed=3, start=11)
