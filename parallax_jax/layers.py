@@ -11,9 +11,11 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import device
+from pallas_kernels.blocks import Mask
 from parallax_jax.attention import parallax_attention
 from parallax_jax.cache import KVCache
 from parallax_jax.estimators import ESTIMATORS, Solver, local_estimator
+from parallax_jax.sharding import attend_per_device, splits_sequence
 
 INIT_STD = 0.02
 
@@ -125,6 +127,7 @@ def cudnn_runs(query: Array, segment_ids: Array | None, *, implementation: str |
     reasons = {
         f"runs on GPUs, not on {device.target()[0]}": device.target()[0] != "gpu",
         "needs segment_ids=None": segment_ids is not None,
+        "needs whole rows on each device": splits_sequence(query),
         f"needs bfloat16 or float16, got {query.dtype}": query.dtype not in (jnp.bfloat16, jnp.float16),
         f"needs a multiple of 8 up to 128 as head_dim, got {query.shape[-1]}": query.shape[-1] % 8
         or query.shape[-1] > 128,
@@ -164,7 +167,7 @@ class ParallaxAttention(nn.Module):
       dtype: dtype of the computation.
       param_dtype: dtype of the parameters.
       implementation: passed to `parallax_attention` and, with a cache, to `parallax_decode`. For softmax also "cudnn",
-        which None takes on a GPU where it can: half precision, no segment ids, no cache.
+        which None takes on a GPU where it can: half precision, no segment ids, no cache, sequences not split.
     """
 
     num_heads: int
@@ -255,7 +258,8 @@ class ParallaxAttention(nn.Module):
         if softmax and cache is None and cudnn_runs(query, segment_ids, **options):
             window = None if self.local_window_size is None else (self.local_window_size - 1, 0)
             options = {"is_causal": True, "local_window_size": window, "implementation": "cudnn"}
-            out = jax.nn.dot_product_attention(query, key, value, **options)
+            cudnn = lambda query, _, key, value, __: jax.nn.dot_product_attention(query, key, value, **options)
+            out = attend_per_device(cudnn, query, probe, key, value, Mask(jnp.int32(0)))
         elif self.attention not in ("softmax", "parallax"):
             probe = query if ESTIMATORS[self.attention].probe == "learned" else None
             family = {"estimator": self.attention, "solver": self.solver, "segment_ids": segment_ids}

@@ -125,6 +125,12 @@ def embed_per_device(table, tokens, dtype, *, split_sequence: bool):
     return _shard_map(mesh, local, (P(vocab, shared + others), rows), rows)(table, tokens)
 
 
+def splits_sequence(query) -> bool:
+    """Whether `attend_per_device` would split the tokens of these queries."""
+    mesh = _mesh(query)
+    return bool(_free(mesh)) and _count(mesh, _axes_of(mesh, query)[1]) > 1
+
+
 def attend_per_device(attend: Callable, query, probe, key, value, mask: Mask):
     """`attend(query, probe, key, value, mask)` by each device on its rows, heads and share of the sequence.
 
@@ -264,7 +270,7 @@ def _rows_of(mask: Mask, start, size: int) -> Mask:
     """The mask of rows [start, start + size)."""
     ids = mask.segment_ids
     rows = None if ids is None else lax.dynamic_slice_in_dim(ids, start, size, 1)
-    return dataclasses.replace(mask, offset=mask.offset + start, segment_ids=rows, key_segment_ids=ids)
+    return dataclasses.replace(mask, offset=mask.offset + start, segment_ids=rows, key_segment_ids=ids, end_aligned=False)
 
 
 def _to_zigzag(x, axis, count: int):
