@@ -6,7 +6,7 @@ devices raise `--accumulation-steps`.
 """
 
 from parallax_jax.model import ModelConfig
-from train.config import Config
+from train.config import Config, OptimizerConfig
 
 config = Config(
     model=ModelConfig(
@@ -19,6 +19,7 @@ config = Config(
         mlp_width=3072,
         scan_unroll=28,
     ),
+    optimizer=OptimizerConfig(newton_schulz_dtype="bfloat16"),
     tokenizer="bpe",
     seq_len=4096,
     batch_size=960,

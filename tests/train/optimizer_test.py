@@ -1,5 +1,6 @@
 import dataclasses
 import math
+import re
 
 import flax.linen as nn
 import jax
@@ -8,11 +9,13 @@ import numpy as np
 import optax
 import pytest
 from flax.traverse_util import flatten_dict
+from jax.sharding import AxisType
 from optax.contrib import MuonDimensionNumbers
 
 from parallax_jax.model import ModelConfig, TransformerLM
+from parallax_jax.sharding import parameter_sharding
 from train.config import OptimizerConfig
-from train.optimizer import group_of, learning_rate_schedule, make_optimizer, muon_dimensions
+from train.optimizer import MATRIX_AXES, group_of, learning_rate_schedule, make_optimizer, muon_dimensions
 
 MODEL = ModelConfig(vocab_size=260, num_layers=3, width=24, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=40)
 
@@ -103,6 +106,58 @@ def test_equals_optax_muon_where_both_apply(scaling, consistent_rms, per_head):
     for names, update in actual.items():
         if group_of(names) == "matrix":
             np.testing.assert_allclose(update, expected[names], rtol=1e-5, atol=1e-7, err_msg="/".join(names))
+
+
+def test_matrix_axes_are_those_of_the_model():
+    boxed = jax.eval_shape(lambda: TransformerLM(MODEL).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
+    for names, box in flatten_dict(boxed).items():
+        if group_of(names) == "matrix":
+            assert box.names == ("layers", *MATRIX_AXES[names[-2]])
+
+
+def sharded_update(config, sizes, model=MODEL):
+    """The jitted update of an optimizer over a mesh, and its operands there."""
+    mesh = jax.make_mesh(sizes, ("data", "fsdp", "context", "tensor"), axis_types=(AxisType.Auto,) * 4)
+    optimizer = make_optimizer(config, 100)
+    params, gradients = make_params(model), make_params(model, seed=1)
+    boxed = jax.eval_shape(lambda: TransformerLM(model).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
+    shardings = jax.tree.map(
+        lambda box: parameter_sharding(mesh, box.names, box.value.shape),
+        boxed,
+        is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata),
+    )
+    placed = jax.device_put((gradients, params), (shardings, shardings))
+    with jax.set_mesh(mesh):
+        state = jax.jit(optimizer.init)(placed[1])
+        update = jax.jit(lambda g, s, p: optimizer.update(g, s, p)[0], out_shardings=shardings)
+        return update.lower(placed[0], state, placed[1]).compile(), (placed[0], state, placed[1])
+
+
+@pytest.mark.parametrize(("sizes", "per_head"), [((1, 8, 1, 1), False), ((2, 2, 1, 2), False), ((1, 2, 2, 2), True)])
+def test_mesh_shares_the_iterations_and_changes_nothing(sizes, per_head):
+    config = OptimizerConfig(per_head=per_head, decay_fraction=0.0, newton_schulz_steps=2)
+    update, operands = sharded_update(config, sizes)
+    expected = updates_of(make_optimizer(config, 100), make_params(), [make_params(seed=1)])
+    for names, actual in flatten_dict(update(*operands)).items():
+        np.testing.assert_allclose(actual, expected[names], rtol=1e-4, atol=1e-7, err_msg="/".join(names))
+    text = update.as_text()
+    assert "all-to-all" in text
+    products = [int(n) for n in re.findall(r"= f32\[(\d+),\d+,\d+\]\S* dot\(", text)]
+    most = 3 * 16 if per_head else 3 * 3  # heads of attention; query, probe and out, or gate, up and down
+    assert products and max(products) == -(-most // 8)
+    if sizes == (1, 8, 1, 1):
+        assert "all-gather" not in text, "no device needs a matrix that is not of its share"
+
+
+def test_bfloat16_iterations_stay_close():
+    exact = OptimizerConfig(weight_decay=0.0, decay_fraction=0.0)
+    rough = dataclasses.replace(exact, newton_schulz_dtype="bfloat16")
+    params, gradients = make_params(), [make_params(seed=3)]
+    expected, actual = (updates_of(make_optimizer(config, 100), params, gradients) for config in (exact, rough))
+    for names, update in actual.items():
+        if group_of(names) == "matrix":
+            error = np.linalg.norm(update - expected[names]) / np.linalg.norm(expected[names])
+            assert 1e-4 < error < 0.08, names
 
 
 @pytest.mark.parametrize("name", ["query", "probe", "value", "out"])
