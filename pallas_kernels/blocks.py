@@ -15,7 +15,7 @@ import jax.numpy as jnp
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["offset", "lengths", "segment_ids", "key_segment_ids"],
-    meta_fields=["is_causal", "window"],
+    meta_fields=["is_causal", "window", "end_aligned"],
 )
 @dataclasses.dataclass(frozen=True)
 class Mask:
@@ -28,6 +28,7 @@ class Mask:
       is_causal: query t sees keys s <= t + offset.
       window: number of most recent keys seen, the diagonal included; None for all.
       key_segment_ids: int32 (B, S), segments of the keys; None for those of the queries.
+      end_aligned: whether offset is known to be S - T, so that under a causal mask no key lies past all queries.
     """
 
     offset: jax.Array
@@ -36,6 +37,7 @@ class Mask:
     is_causal: bool = True
     window: int | None = None
     key_segment_ids: jax.Array | None = None
+    end_aligned: bool = False
 
     @property
     def segments_of_keys(self) -> jax.Array | None:

@@ -237,8 +237,11 @@ class Masks:
         )
 
     def hide_padding(self, *arrays):
-        """Zeroes keys and values past `lengths`, whatever they hold: 0 * NaN would reach the products."""
-        if self._mask.lengths is None:
+        """Zeroes keys and values that no query sees, whatever they hold: 0 * NaN would reach the products."""
+        mask = self._mask
+        if mask.lengths is None and (mask.end_aligned or not mask.is_causal):
             return arrays
-        valid = jnp.arange(self._num_keys) < self._mask.lengths[:, None]
+        length = jnp.full((1,), self._num_keys, jnp.int32) if mask.lengths is None else mask.lengths
+        end = blocks.visible_end(mask.offset, self._static["num_queries"], length, mask.is_causal)
+        valid = jnp.arange(self._num_keys) < end[:, None]
         return [jnp.where(valid[:, :, None, None], x, jnp.zeros((), x.dtype)) for x in arrays]
