@@ -96,16 +96,19 @@ def _chunks(hidden, head, targets, weights, chunk, gradients, split_tokens, voca
         loss, dhead = carry
         h, target, weight = part
         logits = _product(h, table, (1, 1))
-        top = _max(jnp.max(logits, axis=1, keepdims=True), vocab)
-        total = _sum(jnp.sum(jnp.exp(logits - top), axis=1, keepdims=True), vocab)
-        normaliser = top + jnp.log(total)
-        hit = lax.broadcasted_iota(jnp.int32, logits.shape, 1) + first == target[:, None]
-        at_target = _sum(jnp.sum(jnp.where(hit, logits, 0.0), axis=1), vocab)
-        loss += jnp.sum(weight * (normaliser[:, 0] - at_target))
+        top, total = _top_and_total(logits)
+        highest = _max(top, vocab)
+        normaliser = highest + jnp.log(_sum(total * jnp.exp(top - highest), vocab))
+        place = target - first
+        hit = (place >= 0) & (place < len(table))
+        at_target = jnp.take_along_axis(logits, jnp.clip(place, 0, len(table) - 1)[:, None], 1)[:, 0]
+        at_target = _sum(jnp.where(hit, at_target, 0.0), vocab)
+        loss += jnp.sum(weight * (normaliser - at_target))
         if not gradients:
             return (loss, dhead), None
-        dlogits = (jnp.exp(logits - normaliser) - hit.astype(jnp.float32)) * weight[:, None]
-        dlogits = dlogits.astype(h.dtype)
+        one_hot = lax.broadcasted_iota(jnp.int32, logits.shape, 1) == place[:, None]
+        dlogits = jnp.exp(logits - normaliser[:, None]) - one_hot.astype(jnp.float32)
+        dlogits = (dlogits * weight[:, None]).astype(h.dtype)
         dhead += _product(dlogits, h, (0, 0))
         return (loss, dhead), _sum(_product(dlogits, table, (1, 0)), vocab).astype(h.dtype)
 
@@ -120,6 +123,17 @@ def _chunks(hidden, head, targets, weights, chunk, gradients, split_tokens, voca
         dhead = lax.psum_scatter(dhead, embed, scatter_dimension=1, tiled=True)
     dhead = _sum(dhead, tuple(axis for axis in split_tokens if axis not in (embed or ())))
     return loss, dhidden, dhead.astype(head.dtype)
+
+
+def _top_and_total(logits):
+    """The largest logit of each row and the sum of exp(logit - largest), both of one reading of the logits."""
+
+    def merge(a, b):
+        top = jnp.maximum(a[0], b[0])
+        return top, a[1] * jnp.exp(a[0] - top) + b[1] * jnp.exp(b[0] - top)
+
+    lowest = jnp.float32(jnp.finfo(jnp.float32).min)  # not -inf, which less itself is no number
+    return lax.reduce((logits, jnp.ones_like(logits)), (lowest, jnp.float32(0)), merge, (1,))
 
 
 def _product(a, b, axes):
