@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from parallax_jax import parallax_decode
-from tests.gpus import gpu_devices
+from train.gpus import gpu_devices
 
 pytestmark = pytest.mark.compile
 

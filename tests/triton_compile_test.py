@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from parallax_jax import parallax_attention
 from parallax_jax.workloads import Workload
-from tests.gpus import gpu_devices
+from train.gpus import gpu_devices
 
 pytestmark = pytest.mark.compile
 

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from configs import tiny
 from parallax_jax.model import TransformerLM
-from tests.gpus import gpu_devices
+from train.gpus import gpu_devices
 from train.optimizer import learning_rate_schedule, make_optimizer
 from train.state import abstract_state, make_train_step
 
