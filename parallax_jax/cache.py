@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.blocks import Mask
 from parallax_jax.decode import decode_at
+from parallax_jax.sharding import constrain, write_per_device
 
 if TYPE_CHECKING:
     from parallax_jax.model import ModelConfig
@@ -98,35 +99,44 @@ class KVCache:
 
     def _attend(self, query, probe, key, value, lengths, window, implementation):
         position = self.lengths[:, None] + jnp.arange(key.shape[1], dtype=jnp.int32)
-        rows, position = self._place(position, position < lengths[:, None])
-        # `drop` ignores rows out of range, which is where `_place` sends what must not be written.
-        new_key, new_value = (
-            x.at[rows, position].set(new, mode="drop") for x, new in ((self.key, key), (self.value, value))
-        )
+        is_new = position < lengths[:, None]
+        if self.page_table is None:
+            position = jnp.where(is_new & (position < self.key.shape[1]), position, self.key.shape[1])
+            new_key, new_value = self._write(key, value, position)
+        else:
+            place = self._place(position, is_new)
+            new_key, new_value = (
+                x.at[place].set(new, mode="drop") for x, new in ((self.key, key), (self.value, value))
+            )
         mask = Mask(self.lengths, lengths, window=window)
         options = {"scale": query.shape[-1] ** -0.5, "implementation": implementation}
         return decode_at(query, probe, new_key, new_value, mask, self.page_table, **options), new_key, new_value
 
     def _place(self, position, is_new):
-        """Leading and second index of each token's row in `key`; out of range for tokens without a place."""
-        leading, page_size = self.key.shape[:2]
-        if self.page_table is None:
-            sequence = jnp.arange(leading, dtype=jnp.int32)[:, None]
-            return sequence, jnp.where(is_new & (position < page_size), position, page_size)
+        """Page of each token and its row there; out of range, where nothing is written, for tokens without a place."""
+        num_pages, page_size = self.key.shape[:2]
         pages = self.page_table.shape[1]
         page = jnp.take_along_axis(self.page_table, jnp.minimum(position // page_size, pages - 1), axis=1)
         has_place = is_new & (position < pages * page_size) & (page >= 0)
-        return jnp.where(has_place, page, leading), position % page_size
+        return jnp.where(has_place, page, num_pages), position % page_size
+
+    def _write(self, key, value, position):
+        """Key and value with the rows of a contiguous cache replaced; none where `position` is out of range."""
+
+        def write(cache, new, position):
+            sequence = jnp.arange(cache.shape[0], dtype=jnp.int32)[:, None]
+            return cache.at[sequence, position].set(new, mode="drop")
+
+        pairs = ((self.key, key), (self.value, value))
+        return [write_per_device(write, cache, new, position) for cache, new in pairs]
 
     def _attend_ring(self, query, probe, key, value, lengths, window, implementation):
-        batch, size = self.key.shape[:2]
-        num_new = key.shape[1]
+        size, num_new = self.key.shape[1], key.shape[1]
         index = jnp.arange(num_new, dtype=jnp.int32)
         position = self.lengths[:, None] + index
         # Of more new tokens than the ring holds only the last are kept.
         keep = (position < lengths[:, None]) & (position >= lengths[:, None] - size)
-        place = (jnp.arange(batch, dtype=jnp.int32)[:, None], jnp.where(keep, position % size, size))
-        new_key, new_value = (x.at[place].set(new, mode="drop") for x, new in ((self.key, key), (self.value, value)))
+        new_key, new_value = self._write(key, value, jnp.where(keep, position % size, size))
         options = {"scale": query.shape[-1] ** -0.5, "implementation": implementation}
         if num_new == 1:
             # The ring is the window: every key in it is visible, in whatever order.
@@ -159,7 +169,7 @@ def init_cache(config: "ModelConfig", batch_size: int, capacity: int) -> KVCache
     ring = window is not None and window < capacity and len(set(config.windows)) == 1
     shape = (batch_size, window if ring else capacity, config.num_kv_heads, config.head_dim)
     lengths = jnp.zeros(batch_size, jnp.int32)
-    return KVCache(_layers(config, shape), _layers(config, shape), lengths, ring=ring)
+    return KVCache(_layers(config, shape, "batch"), _layers(config, shape, "batch"), lengths, ring=ring)
 
 
 def init_paged_cache(
@@ -186,10 +196,16 @@ def init_paged_cache(
         raise ValueError(f"page_table: page {ids[counts > 1][0]} is given out {counts.max()} times")
     shape = (num_pages, page_size, config.num_kv_heads, config.head_dim)
     lengths = jnp.zeros(len(page_table), jnp.int32)
-    return KVCache(_layers(config, shape), _layers(config, shape), lengths, jnp.asarray(page_table))
+    return KVCache(_layers(config, shape, None), _layers(config, shape, None), lengths, jnp.asarray(page_table))
 
 
-def _layers(config: "ModelConfig", shape: tuple[int, ...]):
+def _layers(config: "ModelConfig", shape: tuple[int, ...], leading: str | None):
+    axes = (leading, None, "heads", None)
     if config.scan_layers:
-        return jnp.zeros((config.num_layers, *shape), config.dtype)
-    return tuple(jnp.zeros(shape, config.dtype) for _ in range(config.num_layers))
+        return _zeros((config.num_layers, *shape), config.dtype, (None, *axes))
+    return tuple(_zeros(shape, config.dtype, axes) for _ in range(config.num_layers))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _zeros(shape, dtype, axes):
+    return constrain(jnp.zeros(shape, dtype), *axes)

@@ -195,6 +195,16 @@ def decode_per_device(decode: Callable, query, probe, key, value, mask: Mask, pa
     return _shard_map(mesh, local, specs, rows)(query, probe, key, value, mask, page_table)
 
 
+def write_per_device(write: Callable, cache, new, position):
+    """`write(cache, new, position)` of keys or values (B, T, K, H) into a contiguous cache, split as for decoding."""
+    mesh = _mesh(new)
+    if not _free(mesh):
+        return write(cache, new, position)
+    batch, _, heads = _axes_of(mesh, new)
+    rows = P(batch, None, () if new.shape[2] % _count(mesh, heads) else heads)
+    return _shard_map(mesh, write, (rows, rows, P(batch)), rows)(cache, new, position)
+
+
 def _mesh(x):
     """The ambient mesh, or that of an array with explicit axes."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -270,7 +280,9 @@ def _rows_of(mask: Mask, start, size: int) -> Mask:
     """The mask of rows [start, start + size)."""
     ids = mask.segment_ids
     rows = None if ids is None else lax.dynamic_slice_in_dim(ids, start, size, 1)
-    return dataclasses.replace(mask, offset=mask.offset + start, segment_ids=rows, key_segment_ids=ids, end_aligned=False)
+    return dataclasses.replace(
+        mask, offset=mask.offset + start, segment_ids=rows, key_segment_ids=ids, end_aligned=False
+    )
 
 
 def _to_zigzag(x, axis, count: int):
