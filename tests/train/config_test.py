@@ -9,7 +9,16 @@ import pytest
 
 from parallax_jax.model import TransformerLM
 from train.__main__ import main
-from train.config import Config, ConfigError, difference, load_preset, parse_command_line, preset_names
+from train.config import (
+    Config,
+    ConfigError,
+    LaunchConfig,
+    MeshConfig,
+    difference,
+    load_preset,
+    parse_command_line,
+    preset_names,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,7 +42,8 @@ def test_flags_override_every_level():
     assert (config.model.attention, config.optimizer.schedule) == ("softmax", "cosine")
     assert config.model.width == load_preset("tiny").model.width
     assert difference(load_preset("tiny"), config) == "model.attention is 'parallax' there and 'softmax' here"
-    assert difference(config, dataclasses.replace(config, run_dir="elsewhere")) is None
+    elsewhere = {"run_dir": "elsewhere", "mesh": MeshConfig(fsdp=4), "launch": LaunchConfig("host:1", 2, 0)}
+    assert difference(config, dataclasses.replace(config, **elsewhere, profile=5)) is None
 
 
 def test_help_names_every_field(capsys):

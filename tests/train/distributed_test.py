@@ -1,4 +1,4 @@
-"""Runs of several processes on this machine, with gloo's collectives."""
+"""Runs of several processes on this machine, over gloo; the launchers' files."""
 
 import os
 import shutil
@@ -12,18 +12,19 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import yaml
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tests.train.conftest import losses
-from train.config import ConfigError, LaunchConfig
+from train.config import ConfigError, LaunchConfig, parse_command_line
 from train.data import split_of
 from train.distributed import initialize, share_of_rows
 from train.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
 # Heads that two devices can share, and updates in two parts.
-FLAGS = "--model.num-kv-heads 2 --accumulation-steps 2 --log-interval 1 --checkpoint-interval 4"
-STEPS = ("--steps", "12")
+FLAGS = "--model.num-kv-heads 2 --accumulation-steps 2 --log-interval 1 --checkpoint-interval 2"
+STEPS = ("--steps", "8")
 MESH = ("--mesh.fsdp", "2", "--mesh.tensor", "2")
 
 
@@ -51,7 +52,7 @@ class Job:
         env = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}
         self.processes = [
             subprocess.Popen(
-                [*command, *together, "--launch.process-id", str(i), "--launch.timeout", "10"],
+                [*command, *together, "--launch.process-id", str(i), "--launch.timeout", "20"],
                 env=env,
                 cwd=ROOT,
                 stdout=subprocess.PIPE,
@@ -94,7 +95,7 @@ def text(tmp_path_factory) -> Path:
     words = rng.integers(0, 1000, 600_000).astype(str)
     (folder / "0.txt").write_text(" ".join(words))
     held_out = next(name for name in map("{}.txt".format, range(1, 1000)) if split_of(name) == "validation")
-    (folder / held_out).write_text(" ".join(words[:1000]))
+    (folder / held_out).write_text(" ".join(words[:250]))
     return folder
 
 
@@ -112,11 +113,33 @@ def assert_same_run(folder: Path, expected: Path):
     np.testing.assert_allclose(*ends, rtol=1e-5)
 
 
-def test_two_processes_equal_one(alone, text, tmp_path):
-    printed = run(tmp_path / "run", text, 2, 2, *MESH, *STEPS)
+_SRUN = """#!/bin/sh
+# Starts two tasks as srun does on one node.
+shift
+export SLURM_JOB_ID=$$ SLURM_NTASKS=2 SLURM_STEP_NUM_TASKS=2 SLURM_STEP_NODELIST=localhost
+for id in 0 1; do
+    SLURM_PROCID=$id SLURM_LOCALID=$id "$@" > "$LOGS/$id" 2>&1 & tasks="$tasks $!"
+done
+for task in $tasks; do wait "$task" || exit; done
+"""
+
+
+def test_two_processes_under_srun_equal_one(alone, text, tmp_path):
+    (tmp_path / "srun").write_text(_SRUN)
+    (tmp_path / "srun").chmod(0o755)
+    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    flags = [*FLAGS.split(), *MESH, *STEPS, "--data", str(text), "--run-dir", str(tmp_path / "run")]
+    done = subprocess.run(
+        ["bash", "configs/launch/slurm.sh", "tiny", *flags],
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "2", "PATH": path, "LOGS": str(tmp_path)},
+        cwd=ROOT,
+        timeout=200,
+    )
+    printed = [(tmp_path / str(i)).read_text() for i in range(2)]
+    assert done.returncode == 0, "\n".join(printed)
     assert_same_run(tmp_path / "run", alone)
-    assert "4 x cpu of 2 processes" in printed[0] and "step 12/12" in printed[0]
-    assert "step 12" not in printed[1] and "checkpoint" not in printed[1], "one process speaks"
+    assert "4 x cpu of 2 processes" in printed[0] and "step 8/8" in printed[0]
+    assert "step 8" not in printed[1] and "checkpoint" not in printed[1], "one process speaks"
     assert len(list((tmp_path / "run").glob("events*"))) == 1
 
 
@@ -124,7 +147,7 @@ def test_signal_to_one_process_stops_both_after_the_same_update(text, tmp_path, 
     job = Job(tmp_path / "run", text, 2, 2, *MESH, "--steps", "1000000", "--checkpoint-interval", "1000000")
     job.wait_for("step 2/")
     job.processes[1].send_signal(signal.SIGTERM)
-    codes, printed = job.wait(100)
+    codes, printed = job.wait(200)
     assert codes == [128 + signal.SIGTERM] * 2, "\n".join(printed)
     [saved] = (tmp_path / "run" / "checkpoints").iterdir()
     assert f"stopped by SIGTERM; saved {saved}" in printed[0]
@@ -134,30 +157,48 @@ def test_signal_to_one_process_stops_both_after_the_same_update(text, tmp_path, 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_killed_process_ends_the_other_and_the_run_continues(victim, alone, text, tmp_path):
-    flags = (*MESH, "--steps", "12")
-    job = Job(tmp_path / "run", text, 2, 2, *flags)
-    job.wait_for("step 5/12")
+    job = Job(tmp_path / "run", text, 2, 2, *MESH, *STEPS)
+    job.wait_for("step 3/8")
     began = time.monotonic()
     job.processes[victim].kill()
-    codes, printed = job.wait(60)
+    codes, printed = job.wait(120)
     other = printed[1 - victim]
-    assert time.monotonic() - began < 40
+    assert time.monotonic() - began < 60
     assert codes[victim] == -signal.SIGKILL and codes[1 - victim] not in (0, -signal.SIGKILL)
     assert "lost another" in other or "another task died" in other, other
-    printed = run(tmp_path / "run", text, 2, 2, *flags)
-    assert "from step 4" in printed[0] or "from step 8" in printed[0]
+    printed = run(tmp_path / "run", text, 2, 2, *MESH, *STEPS)
+    assert "tiny from step" in printed[0]
     assert_same_run(tmp_path / "run", alone)
 
 
 @pytest.mark.slow
 def test_run_moves_to_other_processes(alone, text, tmp_path):
-    """Stopped after 4 of 12 updates on 2 x 2 devices, continued by one process on another mesh."""
+    """Begun by one process, continued by two on another mesh."""
     shutil.copytree(alone, tmp_path / "run")
-    for step in (8, 12):
+    for step in (6, 8):
         shutil.rmtree(tmp_path / "run" / "checkpoints" / str(step))
     printed = run(tmp_path / "run", text, 2, 2, "--mesh.data", "4", *STEPS)
     assert "from step 4" in printed[0]
     assert_same_run(tmp_path / "run", alone)
+
+
+def test_pods_of_a_job_are_the_processes_of_a_run():
+    service, job = yaml.safe_load_all((ROOT / "configs/launch/kubernetes.yaml").read_text())
+    name, pods, pod = job["metadata"]["name"], job["spec"], job["spec"]["template"]["spec"]
+    [container] = pod["containers"]
+    assert pods["completionMode"] == "Indexed" and pods["completions"] == pods["parallelism"]
+    assert service["spec"]["clusterIP"] == "None" and service["spec"]["selector"] == {"job-name": name}
+    assert pod["subdomain"] == service["metadata"]["name"]
+    [variable] = container["env"]
+    assert "job-completion-index" in variable["valueFrom"]["fieldRef"]["fieldPath"]
+    command = [word.replace(f"$({variable['name']})", "1") for word in container["command"]]
+    assert command[:4] == ["python", "-u", "-m", "train"]
+    _, config = parse_command_line(command[4:])
+    assert config.launch.coordinator.startswith(f"{name}-0.{pod['subdomain']}:")
+    assert (config.launch.num_processes, config.launch.process_id) == (pods["completions"], 1)
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert mounts.keys() == {volume["name"] for volume in pod["volumes"]}
+    assert config.run_dir.startswith(mounts["shared"])
 
 
 def test_share_of_rows():
