@@ -80,7 +80,7 @@ def plan(config: Config, target: str) -> dict:
         "state_bytes": share(state),
         "batch_bytes": share(batch),
         "temporary_bytes": memory.temp_size_in_bytes,
-        "collectives": collectives(compiled.as_text()),
+        "collectives": collectives(compiled.as_text()) if count > 1 else {},
     }
 
 
