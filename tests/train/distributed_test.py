@@ -19,6 +19,7 @@ from tests.train.conftest import losses
 from train.config import ConfigError, LaunchConfig, parse_command_line
 from train.data import split_of
 from train.distributed import initialize, share_of_rows
+from train.loop import train as run_training
 from train.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -28,13 +29,17 @@ STEPS = ("--steps", "8")
 MESH = ("--mesh.fsdp", "2", "--mesh.tensor", "2")
 
 
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 class Job:
     """A run of `count` processes with `devices` emulated devices each."""
 
     def __init__(self, folder: Path, text: Path, count: int, devices: int, *flags: str):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         command = [
             sys.executable,
             "-u",
@@ -48,7 +53,7 @@ class Job:
             "--data",
             str(text),
         ]
-        together = ["--launch.coordinator", f"127.0.0.1:{port}", "--launch.num-processes", str(count)]
+        together = ["--launch.coordinator", f"127.0.0.1:{free_port()}", "--launch.num-processes", str(count)]
         env = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}
         self.processes = [
             subprocess.Popen(
@@ -101,9 +106,11 @@ def text(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, caches, text) -> Path:
-    """The run of one process with four devices."""
+    """The run of one process, this one, with four devices."""
     folder = tmp_path_factory.mktemp("runs") / "alone"
-    run(folder, text, 1, 4, *MESH, *STEPS)
+    _, config = parse_command_line(["tiny", *FLAGS.split(), *MESH, *STEPS, "--mesh.data", "1", "--data", str(text)])
+    with jax.numpy_dtype_promotion("standard"):
+        assert run_training(config, folder, "tiny") == 0
     return folder
 
 
@@ -143,7 +150,33 @@ def test_two_processes_under_srun_equal_one(alone, text, tmp_path):
     assert len(list((tmp_path / "run").glob("events*"))) == 1
 
 
-def test_signal_to_one_process_stops_both_after_the_same_update(text, tmp_path, caches):
+_STEPS_UNTIL_A_SIGNAL = """
+import sys, time
+import jax
+from train.config import LaunchConfig
+from train.distributed import StopSignal, initialize
+initialize(LaunchConfig(sys.argv[1], 2, int(sys.argv[2])))
+with StopSignal() as stop:
+    for step in range(100_000):
+        print("at", step, flush=True)
+        time.sleep(0.01)
+        if number := stop.after(step):
+            sys.exit(f"{number} at {step}")
+"""
+
+
+def test_signal_to_one_process_reaches_the_other_at_the_same_step():
+    command = [sys.executable, "-c", _STEPS_UNTIL_A_SIGNAL, f"127.0.0.1:{free_port()}"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    processes = [subprocess.Popen([*command, str(i)], **pipes) for i in range(2)]
+    processes[1].stdout.readline()
+    processes[1].send_signal(signal.SIGINT)  # becomes SIGTERM, which JAX passes on
+    ends = [process.communicate(timeout=100)[1].splitlines()[-1] for process in processes]
+    assert ends[0] == ends[1] and ends[0].startswith(f"{signal.SIGTERM:d} at "), ends
+
+
+@pytest.mark.slow
+def test_run_of_two_stops_and_saves_after_a_signal_to_one(text, tmp_path, caches):
     job = Job(tmp_path / "run", text, 2, 2, *MESH, "--steps", "1000000", "--checkpoint-interval", "1000000")
     job.wait_for("step 2/")
     job.processes[1].send_signal(signal.SIGTERM)
