@@ -3,6 +3,8 @@
 Every value is one per layer, so that all of it is JSON.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,19 +28,22 @@ def attention_statistics(
       For each layer, over all heads and tokens that see a key beside their own:
       "correction_ratio", mean of |Sigma_KV r| / |softmax output|; "combined_weight_min" and "combined_weight_max", the
       extremes of p (1 - t + t_mean); "sink_mass", mean softmax weight on the segment's first token (over tokens that
-      can see it), "entropy", mean of the softmax weights' in nats.
+      can see it), "entropy", mean of the softmax weights' in nats; with a gate "probe_gate", its mean over all tokens.
     """
     config, params = unstack_layers(config, params)
     rows = jnp.ones_like(tokens) if segment_ids is None else segment_ids
-    model = TransformerLM(config)
-    _, sown = jax.jit(
-        lambda params: model.apply(
-            {"params": params}, tokens, segment_ids=rows, method="hidden", mutable="intermediates"
-        )
-    )(params)
+    layers = jax.device_get(_attention_statistics(config, params, tokens, rows))
+    return {name: [float(layer[name]) for layer in layers] for name in layers[0]}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _attention_statistics(config, params, tokens, rows):
+    apply = functools.partial(TransformerLM(config).apply, method="hidden", mutable="intermediates")
+    _, sown = apply({"params": params}, tokens, segment_ids=rows)
     layers = []
     for i, window in enumerate(config.windows):
-        operands = sown["intermediates"][f"layers_{i}"]["attention"]["operands"][0]
+        attention = sown["intermediates"][f"layers_{i}"]["attention"]
+        operands = attention["operands"][0]
         per_row = jax.lax.map(lambda row, window=window: _row_statistics(*row, window=window), (*operands, rows))
         total = {name: values.sum() for name, values in per_row.items()}
         many = per_row["count"].sum() * config.num_heads
@@ -51,7 +56,9 @@ def attention_statistics(
                 "entropy": total["entropy"] / many,
             }
         )
-    return {name: [float(layer[name]) for layer in layers] for name in layers[0]}
+        if "gate" in attention:
+            layers[-1]["probe_gate"] = jnp.mean(attention["gate"][0].astype(jnp.float32))
+    return layers
 
 
 def _row_statistics(query, probe, key, value, segments, *, window):

@@ -102,6 +102,9 @@ class Solver:
             raise ValueError("max_iterations: must be 1 or more, and tolerance 0 or more")
 
 
+DEFAULT_SOLVER = Solver()
+
+
 def local_estimator(
     query: Float[Array, "B T N H"],
     probe: Float[Array, "B T N H"] | None,
@@ -109,7 +112,7 @@ def local_estimator(
     value: Float[Array, "B S K Hv"],
     *,
     estimator: str | Estimator = "lla",
-    solver: Solver = Solver(),
+    solver: Solver = DEFAULT_SOLVER,
     is_causal: bool = True,
     query_offset: int | Int[Array, ""] | None = None,
     local_window_size: int | None = None,
@@ -179,7 +182,7 @@ def solved_probe(
     *,
     bandwidth: float | None = None,
     intercept: bool = True,
-    solver: Solver = Solver(),
+    solver: Solver = DEFAULT_SOLVER,
     is_causal: bool = True,
     query_offset: int | Int[Array, ""] | None = None,
     local_window_size: int | None = None,

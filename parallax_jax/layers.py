@@ -14,7 +14,7 @@ from pallas_kernels import device
 from pallas_kernels.blocks import Mask
 from parallax_jax.attention import parallax_attention
 from parallax_jax.cache import KVCache
-from parallax_jax.estimators import ESTIMATORS, Solver, local_estimator
+from parallax_jax.estimators import DEFAULT_SOLVER, ESTIMATORS, Solver, local_estimator
 from parallax_jax.sharding import attend_per_device, splits_sequence
 
 INIT_STD = 0.02
@@ -158,6 +158,7 @@ class ParallaxAttention(nn.Module):
       probe_rope: rotate the probe with the query's angles.
       probe_norm: norm the probe.
       probe_norm_init: initial gain of the probe's norm; 0 is softmax attention at the start.
+      probe_gate: multiply each head's probe by a gate, sigmoid of a linear function of the layer's input.
       qk_norm: norm query and key.
       use_bias: give every projection a bias; "qkv": all but the output's.
       local_window_size: most recent keys seen, the diagonal included; None for all.
@@ -174,10 +175,11 @@ class ParallaxAttention(nn.Module):
     num_kv_heads: int
     head_dim: int
     attention: str = "parallax"
-    solver: Solver = Solver()
+    solver: Solver = DEFAULT_SOLVER
     probe_rope: bool = True
     probe_norm: bool = True
     probe_norm_init: float = 1.0
+    probe_gate: bool = False
     qk_norm: bool = True
     use_bias: bool | str = False
     local_window_size: int | None = None
@@ -251,6 +253,18 @@ class ParallaxAttention(nn.Module):
                 rope=self.probe_rope,
                 gain=self.probe_norm_init,
             )
+            if self.probe_gate:
+                gate = nn.Dense(
+                    self.num_heads,
+                    use_bias=False,
+                    dtype=self.dtype,
+                    param_dtype=self.param_dtype,
+                    kernel_init=kernel_init(("embed", "heads")),
+                    name="probe_gate",
+                )(x)
+                gate = nn.sigmoid(gate)
+                self.sow("intermediates", "gate", gate)
+                probe *= gate[..., None]
         else:
             probe = query if ESTIMATORS[self.attention].probe == "learned" else jnp.zeros_like(query)
         self.sow("intermediates", "operands", (query, probe, key, value))  # kept only where a caller asks for them

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from parallax_jax.attention import RESIDUAL_NAMES
 from parallax_jax.cache import KVCache
-from parallax_jax.estimators import ESTIMATORS, Solver
+from parallax_jax.estimators import DEFAULT_SOLVER, ESTIMATORS, Solver
 from parallax_jax.layers import INIT_STD, ParallaxAttention, RMSNorm, SwiGLU, kernel_init
 from parallax_jax.sharding import constrain, embed_per_device
 
@@ -43,6 +43,7 @@ class ModelConfig:
       probe_rope: rotate the probe by its position.
       probe_norm: norm the probe.
       probe_norm_init: initial gain of the probe's norm; 0 starts from softmax attention.
+      probe_gate: multiply each head's probe by a gate between 0 and 1, computed from the block's input.
       qk_norm: norm query and key.
       use_bias: give every projection of a block a bias; "attention": those of its attention only, "qkv": those but the
         output's.
@@ -74,10 +75,11 @@ class ModelConfig:
     mlp_width: int
     _: dataclasses.KW_ONLY
     attention: str = "parallax"
-    solver: Solver = Solver()
+    solver: Solver = DEFAULT_SOLVER
     probe_rope: bool = True
     probe_norm: bool = True
     probe_norm_init: float = 1.0
+    probe_gate: bool = False
     qk_norm: bool = True
     use_bias: bool | Literal["attention", "qkv"] = False
     local_window_size: int | tuple[int | None, ...] | None = None
@@ -163,6 +165,7 @@ class Block(nn.Module):
             probe_rope=c.probe_rope,
             probe_norm=c.probe_norm,
             probe_norm_init=c.probe_norm_init,
+            probe_gate=c.probe_gate,
             qk_norm=c.qk_norm,
             use_bias="qkv" if c.use_bias == "qkv" else bool(c.use_bias),
             local_window_size=self.local_window_size,

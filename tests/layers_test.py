@@ -5,6 +5,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from parallax_jax import local_estimator
+from parallax_jax.cache import KVCache
+from parallax_jax.estimators import Solver
 from parallax_jax.layers import ParallaxAttention, RMSNorm, apply_rope
 from parallax_jax.reference import parallax_reference
 
@@ -141,3 +144,33 @@ def test_works_through_the_nnx_bridge():
     norms = {k: float(jnp.linalg.norm(v["kernel"])) for k, v in nnx.to_pure_dict(grads).items() if "norm" not in k}
     assert set(norms) == {"query", "probe", "key", "value", "out"}
     assert all(n > 0 for n in norms.values())
+
+
+def operands(layer, params, x):
+    """A layer's output, and the query, probe, key and value that it attends with."""
+    (out, _), sown = layer.apply({"params": params}, x, mutable="intermediates")
+    return out, sown["intermediates"]["operands"][0]
+
+
+@pytest.mark.parametrize("attention", ["lla", "linear", "mesa"])
+def test_other_estimators(attention):
+    solver = Solver(ridge=0.5, method="exact")
+    layer, params, x = make(attention=attention, solver=solver, local_window_size=5)
+    out, (query, _, key, value) = operands(layer, params, x)
+    probe = query if attention == "linear" else None
+    expected = local_estimator(query, probe, key, value, estimator=attention, solver=solver, local_window_size=5)
+    np.testing.assert_allclose(
+        out, jnp.einsum("btnh,nhd->btd", expected, params["out"]["kernel"]), rtol=1e-4, atol=1e-4
+    )
+    assert "probe" not in params
+    with pytest.raises(ValueError, match=f"cache: attention '{attention}' has none"):
+        layer.apply({"params": params}, x, cache=KVCache(key, value, jnp.zeros(2, jnp.int32)))
+
+
+def test_probe_gate():
+    layer, params, x = make(probe_gate=True)
+    _, (_, gated, _, _) = operands(layer, params, x)
+    rest = {name: p for name, p in params.items() if name != "probe_gate"}
+    _, (_, plain, _, _) = operands(make()[0], rest, x)
+    gate = jax.nn.sigmoid(x @ params["probe_gate"]["kernel"])
+    np.testing.assert_allclose(gated, plain * gate[..., None], rtol=1e-5, atol=1e-6)

@@ -34,13 +34,13 @@ def _names(path) -> tuple[str, ...]:
 
 
 def group_of(names: tuple[str, ...]) -> str:
-    """Group of the parameter at a path: "matrix", "embedding" or "norm" (norms and biases).
+    """Group of the parameter at a path: "matrix", "embedding" or "norm" (norms, biases and gates).
 
     Raises:
       ValueError: the path is not known; say here how it is to be trained.
     """
     match names:
-        case (*_, "scale" | "bias"):
+        case (*_, "scale" | "bias") | (*_, "probe_gate", "kernel"):
             return "norm"
         case ("embed", "embedding") | ("lm_head", "kernel"):
             return "embedding"
@@ -49,6 +49,11 @@ def group_of(names: tuple[str, ...]) -> str:
         case (*_, "mlp", "gate" | "up" | "down", "kernel"):
             return "matrix"
     raise ValueError(f"no optimizer group for the parameter {'/'.join(names)}")
+
+
+def is_matrix(path) -> bool:
+    """Whether the parameter at a key path is one of the group "matrix"."""
+    return group_of(_names(path)) == "matrix"
 
 
 def muon_dimensions(names: tuple[str, ...], per_head: bool = False) -> MuonDimensionNumbers:
