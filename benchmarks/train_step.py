@@ -32,13 +32,6 @@ FLA = "fla"
 SHAPES = {"parallax": "parallax", "softmax": "softmax", "parallax-fla": "parallax"}
 
 
-def flops_per_token(parameters: int, model, seq_len: int) -> float:
-    """FLOPs that a token of a training step costs; see the module's docstring."""
-    products = {"parallax": 8, "softmax": 4}[model.attention]
-    attention = 3 * model.num_layers * products * model.num_heads * model.head_dim * seq_len / 2
-    return 6 * parameters + attention
-
-
 def peak_flops(device: str) -> float | None:
     """The device's bfloat16 peak, None where it is not known."""
     return next((flops for name, flops in PEAKS.items() if name in device), None)
@@ -100,6 +93,7 @@ def time_jax(preset: str, case: str, fields: dict, options: dict) -> dict:
 
     from parallax_jax.model import TransformerLM
     from train.optimizer import learning_rate_schedule, make_optimizer
+    from train.plan import flops_per_token
     from train.state import abstract_state, batch_sharding, init_state, make_mesh, make_train_step
 
     config = make_config(preset, case, fields)
@@ -120,7 +114,8 @@ def time_jax(preset: str, case: str, fields: dict, options: dict) -> dict:
 
         batch = draw(jax.random.key(1))
         schedule = learning_rate_schedule(config.optimizer, config.steps)
-        train_step = make_train_step(model, optimizer, schedule, abstract, loss_chunk=config.loss_chunk)
+        fields = {name: getattr(config, name) for name in ("loss_chunk", "gradient_dtype")}
+        train_step = make_train_step(model, optimizer, schedule, abstract, **fields)
         start = time.perf_counter()
         compiled = train_step.lower(state, batch).compile()
         compile_seconds = time.perf_counter() - start
@@ -177,6 +172,8 @@ def time_fla(preset: str, fields: dict, options: dict) -> dict:
     import torch
     from fla.models import ParallaxConfig, ParallaxForCausalLM
 
+    from train.plan import flops_per_token
+
     ours = make_config(preset, "parallax-fla", fields)
     m = ours.model
     torch.manual_seed(ours.seed)
@@ -232,6 +229,8 @@ def run_case(preset: str, case: str, fields: dict, options: dict) -> dict:
     fields = dict(fields)
     flags = f"{os.environ.get('XLA_FLAGS', '')} {fields.pop('flags', '')}".strip()
     environment = os.environ | {"XLA_FLAGS": flags, "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
+    if case == FLA:
+        environment["JAX_PLATFORMS"] = "cpu"  # the GPU is torch's
     job = json.dumps([preset, case, fields, options])
     row = {"case": case, "fields": fields, "flags": flags, "seq_len": options["seq_len"]}
     done = subprocess.run(

@@ -144,6 +144,9 @@ class Config:
     """Rows of one update, over all devices."""
     accumulation_steps: int = 1
     """Parts in which the rows of one update are computed, one after another."""
+    gradient_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype in which the matrices' gradients of a part are computed and added up over devices; bfloat16 moves half the
+    bytes. Parts always add up in float32."""
     loss_chunk: int = 4096
     """Tokens whose logits exist at once, on each device; the loss does not depend on it."""
     steps: int = 1000

@@ -50,7 +50,9 @@ def train(config: Config, folder: Path, preset: str) -> int:
 
     schedule = learning_rate_schedule(config.optimizer, config.steps)
     trainable = functools.partial(stop_frozen, config.optimizer)
-    train_step = make_train_step(model, optimizer, schedule, abstract, trainable, config.loss_chunk)
+    train_step = make_train_step(
+        model, optimizer, schedule, abstract, trainable, config.loss_chunk, config.gradient_dtype
+    )
     parts, part = config.accumulation_steps, config.batch_size // config.accumulation_steps
     block, blocks = in_turn(lambda: share_of_rows(batch_sharding(mesh), (parts, part, config.seq_len)))
     held_out = corpus.rows("validation", config.seq_len)

@@ -66,7 +66,8 @@ def plan(config: Config, target: str) -> dict:
     batch = jax.ShapeDtypeStruct(rows, jnp.int32, sharding=batch_sharding(mesh))
     batch = dict.fromkeys(("inputs", "targets", "segment_ids"), batch)
     schedule = learning_rate_schedule(config.optimizer, config.steps)
-    step = make_train_step(model, optimizer, schedule, state, loss_chunk=config.loss_chunk)
+    options = {name: getattr(config, name) for name in ("loss_chunk", "gradient_dtype")}
+    step = make_train_step(model, optimizer, schedule, state, **options)
     compiled = step.lower(state, batch).compile()
     memory = compiled.memory_analysis()
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))

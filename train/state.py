@@ -19,6 +19,7 @@ from parallax_jax.pretrained import load_pretrained
 from parallax_jax.sharding import on_mesh, parameter_sharding
 from train.config import Config, ConfigError
 from train.loss import cross_entropy
+from train.optimizer import is_matrix
 
 Batch = dict[str, Int[Array, "parts rows seq_len"]]
 # Outermost first: devices of a host are next to each other, and "tensor" has the most to say.
@@ -159,14 +160,18 @@ def make_train_step(
     abstract: TrainState,
     trainable: Callable[[Any], Any] = lambda params: params,
     loss_chunk: int = 4096,
+    gradient_dtype: str = "float32",
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """The jitted update `(state, batch) -> (state, metrics)`; the state's memory is reused.
 
     The loss is the mean over all real tokens of the batch, whatever the parts in which it is computed. The metrics are
     scalars: "loss" in nats per token and "grad_norm" before the update and before clipping, "param_norm" after it,
     "learning_rate", and "tokens", the real ones. `trainable` returns the parameters with those that are frozen cut off
-    from differentiation; `loss_chunk` is as in `train.loss`.
+    from differentiation; `loss_chunk` is as in `train.loss`, `gradient_dtype` as in `Config`.
     """
+
+    def rounded(path, param):
+        return param.astype(gradient_dtype) if is_matrix(path) else param
 
     def step(state: TrainState, batch: Batch):
         tokens = real_tokens(batch)
@@ -174,12 +179,17 @@ def make_train_step(
         def part_loss(params, part):
             return sum_of_losses(model, trainable(params), part, loss_chunk, 1 / tokens.astype(jnp.float32))
 
+        def part_gradients(part):
+            # A projection's gradient has the dtype of its kernel.
+            loss, grads = jax.value_and_grad(part_loss)(jax.tree.map_with_path(rounded, state.params), part)
+            return loss, jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, state.params)
+
         def accumulate(total, part):
-            return jax.tree.map(jnp.add, total, jax.value_and_grad(part_loss)(state.params, part)), None
+            return jax.tree.map(jnp.add, total, part_gradients(part)), None
 
         parts = jax.tree.leaves(batch)[0].shape[0]
         if parts == 1:
-            loss, grads = jax.value_and_grad(part_loss)(state.params, jax.tree.map(lambda leaf: leaf[0], batch))
+            loss, grads = part_gradients(jax.tree.map(lambda leaf: leaf[0], batch))
         else:
             zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.params))
             (loss, grads), _ = jax.lax.scan(accumulate, zero, batch)

@@ -1,4 +1,6 @@
 import dataclasses
+import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,9 @@ import optax
 import pytest
 
 from parallax_jax.model import TransformerLM
+from train.checkpoint import Checkpoints
 from train.config import ConfigError, MeshConfig
+from train.optimizer import make_optimizer
 from train.state import abstract_state, device_batch, init_state, make_mesh, make_train_step, sum_of_losses
 
 SGD = optax.sgd(1.0)
@@ -89,17 +93,79 @@ def test_no_document_sees_another(config):
     np.testing.assert_allclose(sum_of(model, params, rows), alone, rtol=1e-5)
 
 
-@pytest.mark.parametrize("sizes", [(4, 1, 1), (2, 2, 1), (1, 2, 2), (2, 2, 2)])
-def test_any_mesh_gives_the_update_of_one_device(config, sizes):
-    model = dataclasses.replace(config.model, num_heads=4, num_kv_heads=2)
-    config = dataclasses.replace(config, model=model)
+def shared_heads(config, attention, mesh):
+    model = dataclasses.replace(config.model, num_heads=4, num_kv_heads=2, attention=attention)
+    return dataclasses.replace(config, model=model, mesh=mesh)
+
+
+def check_update(config, attention, sizes):
+    """The update on a mesh is that of one device, and no device holds more of the parameters than its share."""
     rows = make_rows(config, np.random.default_rng(3))
-    spread = dataclasses.replace(config, mesh=MeshConfig(*sizes))
-    state, metrics = one_step(spread, rows)
+    state, metrics = one_step(shared_heads(config, attention, MeshConfig(*sizes)), rows)
     kernel = state.params["layers"]["mlp"]["gate"]["kernel"]
     layers, width, hidden = kernel.shape
     assert kernel.addressable_shards[0].data.shape == (layers, width // sizes[1], hidden // sizes[2])
-    assert_same_update(one_step(config, rows), (state, metrics))
+    assert_same_update(one_step(shared_heads(config, attention, MeshConfig(data=1)), rows), (state, metrics))
+
+
+# data, fsdp, tensor, context: every axis with others, at last with key/value heads that devices share.
+@pytest.mark.parametrize(
+    ("attention", "sizes"), [("parallax", (2, 2, 2, 1)), ("parallax", (1, 2, 1, 4)), ("softmax", (1, 1, 4, 2))]
+)
+def test_any_mesh_gives_the_update_of_one_device(config, attention, sizes):
+    check_update(config, attention, sizes)
+
+
+ALL_MESHES = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=4) if 1 < np.prod(sizes) <= 8 and sizes[2] < 8]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["parallax", "softmax"])
+@pytest.mark.parametrize("sizes", ALL_MESHES)
+def test_every_mesh_that_fits(config, attention, sizes):
+    check_update(config, attention, sizes)
+
+
+def test_resume_is_exact_on_the_same_mesh_and_close_on_another(config, tmp_path):
+    rows = [make_rows(config, np.random.default_rng(seed)) for seed in range(2)]
+
+    def run(sizes, start):
+        """The state and the losses after the updates from `start` on; it is saved after the first."""
+        spread = shared_heads(config, "parallax", MeshConfig(*sizes))
+        mesh, model = make_mesh(spread), TransformerLM(spread.model)
+        optimizer = make_optimizer(spread.optimizer, 2)
+        abstract = abstract_state(model, optimizer, mesh)
+        step = make_train_step(model, optimizer, optax.constant_schedule(1.0), abstract)
+        with Checkpoints(tmp_path, 2) as checkpoints:
+            state = checkpoints.restore(abstract, warn=pytest.fail) if start else None
+            state = state or init_state(model, optimizer, abstract, spread.seed)
+            for i in range(start, 2):
+                state, metrics = step(state, device_batch(mesh, rows[i], 1))
+                if i == 0:
+                    checkpoints.save(state)
+        return jax.device_get((state, metrics))
+
+    whole = run((1, 2, 2, 2), 0)
+    for x, y in zip(jax.tree.leaves(whole), jax.tree.leaves(run((1, 2, 2, 2), 1)), strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert_same_update(whole, run((2, 1, 1, 4), 1), tolerance=1e-4)
+
+
+def test_gradients_in_bfloat16(config):
+    rows = make_rows(config, np.random.default_rng(6))
+    mesh, model = make_mesh(config), TransformerLM(config.resolved_model("gpu"))
+    batch = device_batch(mesh, rows, 2)
+    after = {}
+    for dtype in ("float32", "bfloat16"):
+        abstract = abstract_state(model, SGD, mesh)
+        step = make_train_step(model, SGD, optax.constant_schedule(1.0), abstract, gradient_dtype=dtype)
+        state = init_state(model, SGD, abstract, config.seed)
+        before = jax.tree.map(np.asarray, state.params)
+        after[dtype] = jax.tree.map(lambda a, b: np.asarray(a) - b, step(state, batch)[0].params, before)
+    exact, rough = after.values()
+    for names in (("mlp", "gate", "kernel"), ("attention", "probe", "kernel")):
+        a, b = (functools.reduce(dict.get, names, tree["layers"]) for tree in (exact, rough))
+        assert 1e-4 < np.linalg.norm(a - b) / np.linalg.norm(a) < 1e-2, names
 
 
 def test_parameters_and_dtypes(config):
@@ -114,8 +180,8 @@ def test_parameters_and_dtypes(config):
 
 
 def test_mesh_takes_all_devices_unless_told(config):
-    assert make_mesh(dataclasses.replace(config, mesh=MeshConfig())).devices.shape == (8, 1, 1)
-    assert make_mesh(dataclasses.replace(config, mesh=MeshConfig(fsdp=4))).devices.shape == (2, 4, 1)
-    assert make_mesh(config).devices.shape == (1, 1, 1)
+    assert make_mesh(dataclasses.replace(config, mesh=MeshConfig())).devices.shape == (8, 1, 1, 1)
+    assert make_mesh(dataclasses.replace(config, mesh=MeshConfig(fsdp=2, context=2))).devices.shape == (2, 2, 2, 1)
+    assert make_mesh(config).devices.shape == (1, 1, 1, 1)
     with pytest.raises(ConfigError, match="needs 16 devices and there are 8"):
         make_mesh(dataclasses.replace(config, mesh=MeshConfig(fsdp=16)))
