@@ -52,6 +52,21 @@ class TritonBlockSizes:
 
 
 @dataclasses.dataclass(frozen=True)
+class TritonLangBlockSizes:
+    """Launches of the "triton" implementation's kernels in the Triton language; naming them takes this route.
+
+    Attributes:
+      forward: the forward pass.
+      rows: the backward pass over query rows (dquery, dprobe).
+      columns: the backward pass over keys (dkey, dvalue).
+    """
+
+    forward: TritonPass
+    rows: TritonPass
+    columns: TritonPass
+
+
+@dataclasses.dataclass(frozen=True)
 class MosaicGpuBlockSizes:
     """Rings of tiles in shared memory, of the "mosaic_gpu" implementation. Tiles are 64 x 64: more spills registers.
 
@@ -74,6 +89,23 @@ class MosaicGpuBlockSizes:
 @dataclasses.dataclass(frozen=True)
 class TritonDecodeBlockSizes:
     """Launch of the "triton" implementation of decode.
+
+    Attributes:
+      block_k: keys in a tile, a power of two >= 16; a page holds whole tiles, so paged caches may take a smaller one.
+      num_splits: programs that share the keys of one kv head, a power of two.
+      num_warps: warps of a program.
+      num_stages: depth of the software pipeline along the loop.
+    """
+
+    block_k: int
+    num_splits: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TritonLangDecodeBlockSizes:
+    """Launch of decode's kernels in the Triton language: the fields of `TritonDecodeBlockSizes`.
 
     Attributes:
       block_k: keys in a tile, a power of two >= 16; a page holds whole tiles, so paged caches may take a smaller one.
@@ -188,6 +220,34 @@ def _tuned() -> dict[str, dict]:
     return {table["device"]: table for table in tables}
 
 
+# The same for the kernels in the Triton language, from the registers and spills that ptxas reports: none was timed.
+_HOPPER_LANG = {
+    (16, 64): ((128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 4, 3)),
+    (16, 128): ((128, 64, 8, 3), (128, 64, 8, 3), (32, 64, 4, 2)),
+    (16, 256): ((64, 32, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2)),
+    (32, 64): ((32, 32, 4, 2), (32, 32, 4, 2), (16, 32, 4, 2)),
+    (32, 128): ((32, 16, 8, 2), (32, 16, 8, 2), (16, 32, 4, 2)),
+    (32, 256): ((32, 16, 8, 2), (16, 16, 4, 2), (16, 16, 4, 2)),
+}
+_PASSES = ("forward", "rows", "columns")
+_TILE_WIDTHS = (64, 128, 256)
+
+
+def _table(device_kind: str) -> dict:
+    """The device's tuned table, empty where there is none."""
+    return next((table for device, table in _tuned().items() if device in device_kind), {})
+
+
+def _launches(backend: str, heuristic: dict, device_kind: str, bits: int, head_dim: int, value_dim: int):
+    width = next(w for w in _TILE_WIDTHS if max(head_dim, value_dim) <= w)
+    tuned = _table(device_kind).get(backend, {}).get(f"{bits}-bit {width}")
+    if tuned is not None:
+        return [TritonPass(*tuned[name]) for name in _PASSES]
+    limit = shared_memory_limit(device_kind)
+    launches = (TritonPass(*launch) for launch in heuristic[bits, width])
+    return [_fit(name, launch, bits, width, limit) for name, launch in zip(_PASSES, launches, strict=True)]
+
+
 @functools.cache
 def triton_block_sizes(device_kind: str, bits: int, head_dim: int, value_dim: int) -> TritonBlockSizes:
     """Launches for a device: tuned if a table has them, else Hopper's, made to fit the device's shared memory.
@@ -198,15 +258,33 @@ def triton_block_sizes(device_kind: str, bits: int, head_dim: int, value_dim: in
       head_dim: H.
       value_dim: Hv.
     """
-    width = next(w for w in (64, 128, 256) if max(head_dim, value_dim) <= w)
-    for device, table in _tuned().items():
-        if device in device_kind and f"{bits}-bit {width}" in table["triton"]:
-            launches = table["triton"][f"{bits}-bit {width}"]
-            return TritonBlockSizes(*(TritonPass(*launches[name]) for name in ("forward", "rows", "columns")))
-    limit = shared_memory_limit(device_kind)
-    names = ("forward", "rows", "columns")
-    launches = (TritonPass(*launch) for launch in _HOPPER[bits, width])
-    return TritonBlockSizes(*(_fit(n, x, bits, width, limit) for n, x in zip(names, launches, strict=True)))
+    return TritonBlockSizes(*_launches("triton", _HOPPER, device_kind, bits, head_dim, value_dim))
+
+
+@functools.cache
+def triton_lang_block_sizes(device_kind: str, bits: int, head_dim: int, value_dim: int) -> TritonLangBlockSizes:
+    """`triton_block_sizes` for the kernels in the Triton language."""
+    return TritonLangBlockSizes(*_launches("triton_lang", _HOPPER_LANG, device_kind, bits, head_dim, value_dim))
+
+
+def faster(backends: tuple[str, ...], passes: tuple[str, ...], device_kind: str, bits: int, width: int) -> list[str]:
+    """`backends`, by the tuned table's time for these passes together; those that it does not hold keep their order.
+
+    Args:
+      backends: names of the table's sections.
+      passes: of "forward", "rows", "columns" and "decode".
+      device_kind: as `jax.Device.device_kind` names it.
+      bits: of an element, 16 or 32.
+      width: the larger of H and Hv.
+    """
+    times = _table(device_kind).get("milliseconds", {})
+    key = f"{bits}-bit {next(w for w in _TILE_WIDTHS if width <= w)}"
+
+    def milliseconds(backend: str) -> float:
+        found = times.get(backend, {}).get(key, {})
+        return sum(found.get(name, float("inf")) for name in passes)
+
+    return sorted(backends, key=milliseconds)
 
 
 # Vector memory of a TPU core, by the device's name as JAX gives it; a kernel may take three quarters of it.

@@ -20,7 +20,7 @@ from parallax_jax.sharding import attend_per_device
 # Name -> (module with `unsupported`, `forward` and `backward`, platforms on which None may choose it), fastest first.
 BACKENDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "mosaic_gpu": ("pallas_kernels.mosaic_gpu", ("gpu",)),
-    "triton": ("pallas_kernels.triton", ("gpu",)),
+    "triton": ("pallas_kernels.triton_routes", ("gpu",)),
     "mosaic_tpu": ("pallas_kernels.mosaic_tpu", ("tpu",)),
     "xla": ("parallax_jax.xla", ("cpu", "gpu", "tpu")),
 }

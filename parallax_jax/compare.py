@@ -15,12 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import device
+from pallas_kernels.block_sizes import triton_block_sizes, triton_lang_block_sizes
 from parallax_jax import workloads
 from parallax_jax.attention import BACKENDS, parallax_attention
 from parallax_jax.reference import parallax_reference
 
 DEFAULT_WORKLOADS = [w.name for w in (*workloads.CONFORMANCE, *workloads.ACCURACY)]
 RESULTS = ("out", "dquery", "dprobe", "dkey", "dvalue")
+
+# What `--implementations` takes beside the implementations: the two routes of "triton", named by their block sizes.
+ROUTES = {"triton_pallas": triton_block_sizes, "triton_lang": triton_lang_block_sizes}
 
 # (output, gradients). float16 has three more bits than bfloat16; float32 of "xla" is tighter than kernels' because XLA
 # sums each row in one reduction.
@@ -41,6 +45,15 @@ def bounds(implementation: str, dtype) -> tuple[float, float]:
     """Largest allowed error of (the output, each gradient)."""
     name = jnp.dtype(dtype).name
     return XLA_FLOAT32_BOUNDS if (implementation, name) == ("xla", "float32") else BOUNDS[name]
+
+
+def options_of(implementation: str, workload: workloads.Workload, dtype) -> dict:
+    """Options of `parallax_attention` that take an implementation, or one of `ROUTES`."""
+    if implementation not in ROUTES:
+        return dict(implementation=implementation)
+    query, _, _, value = workload.shapes
+    sizes = ROUTES[implementation](device.target()[1], 8 * jnp.dtype(dtype).itemsize, query[-1], value[-1])
+    return dict(implementation="triton", block_sizes=sizes)
 
 
 def relative_error(result, expected) -> float:
@@ -75,8 +88,8 @@ def expected(workload: workloads.Workload, dtype, seed: int = 0) -> tuple[np.nda
 def errors(implementation: str, workload: workloads.Workload, dtype, seed: int = 0, **options) -> dict[str, float]:
     """Error of each of `RESULTS`. `options` go to `parallax_attention`."""
     *operands, cotangent = workload.operands(dtype, seed)
-    options |= workload.options(seed)
-    attention = lambda *x: parallax_attention(*x, implementation=implementation, **options)
+    options = options_of(implementation, workload, dtype) | workload.options(seed) | options
+    attention = lambda *x: parallax_attention(*x, **options)
     results = value_and_gradients(attention, operands, cotangent)
     for name, result, operand in zip(RESULTS[1:], results[1:], operands, strict=True):
         assert result.dtype == operand.dtype and result.shape == operand.shape, name
@@ -90,7 +103,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m parallax_jax.compare", description=__doc__.split("\n\n")[0])
     platform, kind = device.target()
     native = [name for name, (_, platforms) in BACKENDS.items() if platform in platforms]
-    parser.add_argument("--implementations", nargs="+", choices=BACKENDS, default=native, help=f"default: {native}")
+    native += ROUTES if "triton" in native else []
+    names = [*BACKENDS, *ROUTES]
+    parser.add_argument("--implementations", nargs="+", choices=names, default=native, help=f"default: {native}")
     parser.add_argument(
         "--dtypes", nargs="+", choices=["bfloat16", "float16", "float32"], default=["bfloat16", "float16", "float32"]
     )
@@ -104,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     print(f"{kind} ({platform}), jax {jax.__version__}: relative Frobenius error against float64")
     print(f"{'implementation':<15}{'dtype':<10}{'workload':<16}" + "".join(f"{name:>10}" for name in RESULTS))
-    rows, refused, over = [], [], 0
+    rows, refused, over = [], {}, 0
     for implementation in options.implementations:
         for dtype in options.dtypes:
             allowed = bounds(implementation, dtype)
@@ -113,16 +128,16 @@ def main(arguments: list[str] | None = None) -> int:
                 try:
                     found = errors(implementation, workloads.BY_NAME[name], dtype, options.seed)
                 except NotImplementedError as error:
-                    refused.append(f"{name} {dtype}: {error}")
+                    refused.setdefault(f"{implementation}: {error}", []).append(f"{name} in {dtype}")
                     continue
                 passed = all(e <= allowed[min(i, 1)] for i, e in enumerate(found.values()))
                 over += not passed
                 rows.append(row | found | {"passed": passed})
                 cells = "".join(f"{e:>10.1e}" for e in found.values())
                 print(f"{implementation:<15}{dtype:<10}{name:<16}{cells}{'' if passed else '  over'}", flush=True)
-    for reason in refused:
-        print(f"not run: {reason}")
-    print(f"{len(rows)} compared, {over} over their bound, {len(refused)} not supported")
+    for reason, calls in refused.items():
+        print(f"not run ({len(calls)}, such as {calls[0]}): {reason}")
+    print(f"{len(rows)} compared, {over} over their bound, {sum(map(len, refused.values()))} not supported")
     if options.json:
         report = dict(device=kind, platform=platform, jax=jax.__version__, seed=options.seed, rows=rows)
         options.json.write_text(json.dumps(report, indent=1) + "\n")

@@ -1,0 +1,303 @@
+"""Decode: a few new tokens against a long cache. Split-KV programs, then a merge of their states (`tiles.merge`).
+
+Time is the reading of keys and values, once: all query rows of a kv head's group share each tile, with their probes.
+Every program takes an equal share of the keys that its own sequence has, so ragged lengths stay balanced.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import triton
+import triton.language as tl
+
+from pallas_kernels import blocks, triton_lang
+from pallas_kernels.block_sizes import TritonLangDecodeBlockSizes
+from pallas_kernels.triton_lang import common, launch, tiles
+
+MAX_QUERIES = 16  # more new tokens than this are a prefill: the forward kernel's work
+ROW_BYTES = 16384  # of queries that a program holds; larger groups are cut into blocks of rows
+
+
+def unsupported(query, probe, key, value, mask, page_table, *, scale, block_sizes) -> str | None:
+    """Why this backend cannot run the call, or None."""
+    if page_table is not None and key.shape[1] % 16:
+        return f"key_cache: page size must be a multiple of 16, got {key.shape[1]}"
+    if block_sizes is not None and query.shape[1] > MAX_QUERIES:
+        return f"block_sizes: more than {MAX_QUERIES} new tokens run in the forward kernel, which has its own"
+    return triton_lang.unsupported_anywhere(query, block_sizes, TritonLangDecodeBlockSizes)
+
+
+def decode(query, probe, key, value, mask: blocks.Mask, page_table, *, scale, block_sizes):
+    """Returns the output (B, T, N, Hv); `mask.lengths` is (B,), `mask.offset` (B,) or None for lengths - T."""
+    if query.shape[1] > MAX_QUERIES:
+        return _prefill(query, probe, key, value, mask, page_table, scale=scale)
+    config = block_sizes or heuristic(query, key, value, mask, page_table)
+    return _decode(query, probe, key, value, mask, page_table, scale=scale, config=config)
+
+
+def heuristic(query, key, value, mask: blocks.Mask, page_table) -> TritonLangDecodeBlockSizes:
+    """Launches that fit registers and shared memory; splits until one wave of programs fills the device."""
+    batch, num_queries = query.shape[:2]
+    size, row_blocks = _row_blocks(query, key, value)
+    num_keys = key.shape[1] * (1 if page_table is None else page_table.shape[1])
+    if mask.window is not None:
+        num_keys = min(num_keys, mask.window + num_queries - 1)
+    programs = batch * key.shape[2] * row_blocks
+    splits = max(1, min(128 // programs, num_keys // 128))
+    splits = 1 << (splits.bit_length() - 1)
+    if query.dtype.itemsize == 4:
+        return TritonLangDecodeBlockSizes(16, splits, 8, 3)
+    width = _width(key, value)
+    held = size * width  # elements of each accumulator
+    if held > 4096:
+        return TritonLangDecodeBlockSizes(32 if width <= 128 else 16, splits, 8, 3)
+    if held > 2048:
+        return TritonLangDecodeBlockSizes(32, splits, 4, 3)
+    if splits == 1:
+        return TritonLangDecodeBlockSizes(32, 1, 2, 4 if width <= 128 else 3)
+    return TritonLangDecodeBlockSizes(64 if width <= 128 else 32, splits, 4, 3)
+
+
+def _width(key, value) -> int:
+    return max(common.padded(key.shape[3]), common.padded(value.shape[3]))
+
+
+def _row_blocks(query, key, value) -> tuple[int, int]:
+    """(size, number) of the blocks that the rows of a kv head are cut into: as many rows as registers hold.
+
+    8 where they are so few that queries and probes fit one tile of a tensor core together.
+    """
+    total = query.shape[1] * query.shape[2] // key.shape[2]
+    most = ROW_BYTES // (_width(key, value) * query.dtype.itemsize)
+    size = 8 if total <= 8 else max(16, min(triton.next_power_of_2(total), most))
+    return size, -(-total // size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Call(common.Scores):
+    """What the kernels know when they are compiled.
+
+    The rows of one kv head are its queries, token by token and head by head within a token, in `row_blocks` blocks of
+    `size`. A contiguous cache is one page for each sequence, and `table_width` is 0.
+    """
+
+    queries: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    num_pages: int
+    page_size: int
+    table_width: int
+    window: int | None
+    has_offset: bool
+    size: int
+    row_blocks: int
+    block_k: int
+    num_stages: int
+    num_splits: int
+
+    group = property(lambda self: self.heads // self.kv_heads)
+    rows = property(lambda self: self.queries * self.group)
+    capacity = property(lambda self: self.page_size * max(self.table_width, 1))
+    value_width = property(lambda self: common.padded(self.value_dim))
+    # Tokens that a block of rows touches.
+    tokens = property(lambda self: self.queries if self.row_blocks == 1 else -(-self.size // self.group) + 1)
+
+
+@triton.jit
+def _pointers(ptr, b, kv, row, width: tl.constexpr, call: tl.constexpr):
+    """Pointers to rows of kv head `kv` in a (B, T, N, width) array, and which of them exist."""
+    token = tl.cast(b, tl.int64) * call.queries + row // call.group
+    start = (token * call.heads + kv * call.group + row % call.group) * width
+    column = tl.arange(0, common.padded(width))
+    return ptr + start[:, None] + column[None, :], (row < call.rows)[:, None] & (column < width)[None, :]
+
+
+@triton.jit
+def _page(pages_ptr, b, j, call: tl.constexpr):
+    """The page that holds key block j of sequence b."""
+    if call.table_width == 0:
+        page = b
+    else:
+        entry = tl.minimum(j * call.block_k // call.page_size, call.table_width - 1)
+        page = tl.load(pages_ptr + tl.cast(b, tl.int64) * call.table_width + entry)
+        page = tl.minimum(tl.maximum(page, 0), call.num_pages - 1)
+    return page
+
+
+@triton.jit
+def _state(q_ptr, r_ptr, k_ptr, v_ptr, offset_ptr, lengths_ptr, pages_ptr, b, kv, block, split, call: tl.constexpr):
+    """State of one block of rows over one share of the keys."""
+    size: tl.constexpr = call.size
+    width: tl.constexpr = call.value_width
+    row = block * size + tl.arange(0, size)
+    if size == 8:
+        # Rows 0 to 7 of one tile are queries, the others their probes: each product with keys or values is one.
+        both = tl.arange(0, 16)
+        q_pointers, inside = _pointers(q_ptr, b, kv, block * size + both % 8, call.head_dim, call)
+        r_pointers, _ = _pointers(r_ptr, b, kv, block * size + both % 8, call.head_dim, call)
+        qr = tl.load(tl.where((both < 8)[:, None], q_pointers, r_pointers), mask=inside, other=0.0)
+    else:
+        q_pointers, inside = _pointers(q_ptr, b, kv, row, call.head_dim, call)
+        q = tl.load(q_pointers, mask=inside, other=0.0)
+        r_pointers, _ = _pointers(r_ptr, b, kv, row, call.head_dim, call)
+        r = tl.load(r_pointers, mask=inside, other=0.0)
+
+    length = tl.minimum(tl.load(lengths_ptr + b), call.capacity)
+    offset = length - call.queries
+    if call.has_offset:
+        offset = tl.load(offset_ptr + b)
+    end = tl.minimum(length, offset + call.queries)
+    position = row // call.group + offset
+    first_token = block * size // call.group
+    last = tl.minimum(length, tl.minimum(first_token + call.tokens, call.queries) + offset)
+    first = 0
+    if call.window is not None:
+        first = tl.maximum(first_token + offset - call.window + 1, 0) // call.block_k
+    last = tl.maximum((tl.maximum(last, 0) + call.block_k - 1) // call.block_k, first)
+    share = (last - first + call.num_splits - 1) // call.num_splits
+    start = first + split * share
+
+    m = tl.full([size], float("-inf"), tl.float32)
+    d1 = tl.zeros([size], tl.float32)
+    t_mean = tl.zeros([size], tl.float32)
+    o1 = tl.zeros([size, width], tl.float32)
+    o2 = tl.zeros([size, width], tl.float32)
+    page = _page(pages_ptr, b, start, call)
+    for j in tl.range(start, tl.minimum(start + share, last), num_stages=call.num_stages):
+        key = j * call.block_k
+        local = key % call.page_size
+        limit = end - key + local
+        k = common.load_rows(k_ptr, page, local, limit, kv, call.page_size, call.kv_heads, call.head_dim, call.block_k)
+        v = common.load_rows(v_ptr, page, local, limit, kv, call.page_size, call.kv_heads, call.value_dim, call.block_k)
+        keys = (key + tl.arange(0, call.block_k))[None, :]
+        visible = (keys < length) & (keys <= position[:, None])
+        if call.window is not None:
+            visible = visible & (keys > position[:, None] - call.window)
+        if size == 8:
+            s1, s2 = tiles.unstack(tiles.dot(qr, tl.trans(k), call))
+            m, d1, t_mean, o1, o2, p, p2 = tiles.weigh(m, d1, t_mean, o1, o2, s1, s2, visible, call)
+            pv, p2v = tiles.unstack(tiles.dot(tiles.stack(p, p2).to(v.dtype), v, call))
+            o1 += pv
+            o2 += p2v
+        else:
+            s1 = tiles.dot(q, tl.trans(k), call)
+            s2 = tiles.dot(r, tl.trans(k), call)
+            m, d1, t_mean, o1, o2, p, p2 = tiles.weigh(m, d1, t_mean, o1, o2, s1, s2, visible, call)
+            o1 = tiles.add_dot(p, v, o1, call)
+            o2 = tiles.add_dot(p2, v, o2, call)
+        # The next page is looked up a tile ahead: loads that wait for a load cannot be pipelined.
+        page = _page(pages_ptr, b, j + 1, call)
+    return m, d1, t_mean, o1, o2
+
+
+@triton.jit
+def parallax_decode(
+    q_ptr, r_ptr, k_ptr, v_ptr, offset_ptr, lengths_ptr, pages_ptr, out_ptr, call: tl.constexpr
+):  # fmt: skip
+    program, block = tl.program_id(0) // call.row_blocks, tl.program_id(0) % call.row_blocks
+    b, kv = program // call.kv_heads, program % call.kv_heads
+    m, d1, t_mean, o1, o2 = _state(
+        q_ptr, r_ptr, k_ptr, v_ptr, offset_ptr, lengths_ptr, pages_ptr, b, kv, block, 0, call
+    )
+    out, _, _, _ = tiles.finish(m, d1, t_mean, o1, o2)
+    pointers, inside = _pointers(out_ptr, b, kv, block * call.size + tl.arange(0, call.size), call.value_dim, call)
+    tl.store(pointers, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def parallax_decode_split(
+    q_ptr, r_ptr, k_ptr, v_ptr, offset_ptr, lengths_ptr, pages_ptr, m_ptr, d1_ptr, t_mean_ptr, o1_ptr, o2_ptr,
+    call: tl.constexpr,
+):  # fmt: skip
+    program, split = tl.program_id(0) // call.num_splits, tl.program_id(0) % call.num_splits
+    program, block = program // call.row_blocks, program % call.row_blocks
+    b, kv = program // call.kv_heads, program % call.kv_heads
+    m, d1, t_mean, o1, o2 = _state(
+        q_ptr, r_ptr, k_ptr, v_ptr, offset_ptr, lengths_ptr, pages_ptr, b, kv, block, split, call
+    )
+    # States are (B, K, rows, splits) and (B, K, rows, splits, Hv).
+    row = block * call.size + tl.arange(0, call.size)
+    at = (tl.cast(program, tl.int64) * call.rows + row) * call.num_splits + split
+    tl.store(m_ptr + at, m, mask=row < call.rows)
+    tl.store(d1_ptr + at, d1, mask=row < call.rows)
+    tl.store(t_mean_ptr + at, t_mean, mask=row < call.rows)
+    column = tl.arange(0, call.value_width)[None, :]
+    inside = (row < call.rows)[:, None] & (column < call.value_dim)
+    tl.store(o1_ptr + at[:, None] * call.value_dim + column, o1, mask=inside)
+    tl.store(o2_ptr + at[:, None] * call.value_dim + column, o2, mask=inside)
+
+
+@triton.jit
+def parallax_decode_merge(m_ptr, d1_ptr, t_mean_ptr, o1_ptr, o2_ptr, out_ptr, call: tl.constexpr):
+    program, row = tl.program_id(0) // call.rows, tl.program_id(0) % call.rows
+    at = tl.cast(tl.program_id(0), tl.int64) * call.num_splits + tl.arange(0, call.num_splits)
+    column = tl.arange(0, call.value_width)
+    values = at[:, None] * call.value_dim + column[None, :]
+    inside = tl.broadcast_to((column < call.value_dim)[None, :], (call.num_splits, call.value_width))
+    o1 = tl.load(o1_ptr + values, mask=inside, other=0.0)
+    o2 = tl.load(o2_ptr + values, mask=inside, other=0.0)
+    _, d1, _, o1, o2 = tiles.merge(tl.load(m_ptr + at), tl.load(d1_ptr + at), tl.load(t_mean_ptr + at), o1, o2)
+    token = tl.cast(program // call.kv_heads, tl.int64) * call.queries + row // call.group
+    head = program % call.kv_heads * call.group + row % call.group
+    inverse = tl.where(d1 == 0, 0.0, 1.0 / tiles.nonzero(d1))
+    pointers = out_ptr + (token * call.heads + head) * call.value_dim + column
+    tl.store(pointers, ((o1 - o2) * inverse).to(out_ptr.dtype.element_ty), mask=column < call.value_dim)
+
+
+def _decode(query, probe, key, value, mask, page_table, *, scale, config: TritonLangDecodeBlockSizes):
+    batch, num_queries, num_heads, head_dim = query.shape
+    num_pages, page_size, num_kv_heads, value_dim = value.shape
+    size, row_blocks = _row_blocks(query, key, value)
+    call = Call(
+        scale=scale,
+        precision=common.precision(query.dtype),
+        queries=num_queries,
+        heads=num_heads,
+        kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        value_dim=value_dim,
+        num_pages=num_pages,
+        page_size=page_size,
+        table_width=0 if page_table is None else page_table.shape[1],
+        window=mask.window,
+        has_offset=mask.offset is not None,
+        size=size,
+        row_blocks=row_blocks,
+        # The largest tile of which a page holds a whole number.
+        block_k=config.block_k if page_table is None else min(config.block_k, page_size & -page_size),
+        num_stages=config.num_stages,
+        num_splits=config.num_splits,
+    )
+    out = jax.ShapeDtypeStruct((batch, num_queries, num_heads, value_dim), query.dtype)
+    unread = mask.lengths
+    arrays = (query, probe, key, value, *(unread if x is None else x for x in (mask.offset, mask.lengths, page_table)))
+    programs = batch * num_kv_heads * row_blocks
+    if config.num_splits == 1:
+        return launch.launch(parallax_decode, arrays, (out,), programs=programs, config=config, call=call)[0]
+    stat = jax.ShapeDtypeStruct((batch, num_kv_heads, call.rows, config.num_splits), jnp.float32)
+    values = jax.ShapeDtypeStruct((*stat.shape, value_dim), jnp.float32)
+    states = launch.launch(
+        parallax_decode_split,
+        arrays,
+        (stat, stat, stat, values, values),
+        programs=programs * config.num_splits,
+        config=config,
+        call=call,
+    )
+    merging = dataclasses.replace(config, num_warps=4, num_stages=1)
+    rows = batch * num_kv_heads * call.rows
+    return launch.launch(parallax_decode_merge, states, (out,), programs=rows, config=merging, call=call)[0]
+
+
+def _prefill(query, probe, key, value, mask, page_table, *, scale):
+    """The forward kernel, each sequence with its own offset."""
+    if page_table is not None:
+        key, value = (jnp.take(x, page_table, axis=0, mode="clip") for x in (key, value))
+        key, value = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in (key, value))
+    lengths = jnp.minimum(mask.lengths, key.shape[1])
+    offset = lengths - query.shape[1] if mask.offset is None else mask.offset
+    sequence_masks = blocks.Mask(offset, lengths, window=mask.window)
+    return triton_lang.forward(query, probe, key, value, sequence_masks, scale=scale, block_sizes=None)[0]

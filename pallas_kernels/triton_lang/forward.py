@@ -1,0 +1,95 @@
+"""Forward pass: one program per block of query rows and head, one pass over the keys (`tiles.weigh`)."""
+
+import jax
+import jax.numpy as jnp
+import triton
+import triton.language as tl
+
+from pallas_kernels import blocks
+from pallas_kernels.block_sizes import TritonPass
+from pallas_kernels.triton_lang import common, launch, tiles
+
+
+@triton.jit
+def _step(
+    m, d1, t_mean, o1, o2, qr, k_ptr, v_ptr, segments_ptr, key_segments_ptr, b, kv, row, key, offset, end, masked, call
+):
+    limit = end if masked else None
+    k = common.load_rows(k_ptr, b, key, limit, kv, call.keys, call.kv_heads, call.head_dim, call.block_k)
+    s1, s2 = tiles.unstack(tiles.dot(qr, tl.trans(k), call))
+    v = common.load_rows(v_ptr, b, key, limit, kv, call.keys, call.kv_heads, call.value_dim, call.block_k)
+    visible = None
+    if masked:
+        rows = (row + tl.arange(0, call.block_q))[:, None]
+        keys = (key + tl.arange(0, call.block_k))[None, :]
+        visible = common.visible_tile(rows, keys, segments_ptr, key_segments_ptr, b, offset, end, call)
+    m, d1, t_mean, o1, o2, p, p2 = tiles.weigh(m, d1, t_mean, o1, o2, s1, s2, visible, call)
+    return m, d1, t_mean, tiles.add_dot(p, v, o1, call), tiles.add_dot(p2, v, o2, call)
+
+
+@triton.jit
+def parallax_forward(
+    q_ptr,
+    r_ptr,
+    k_ptr,
+    v_ptr,
+    offset_ptr,
+    lengths_ptr,
+    segments_ptr,
+    key_segments_ptr,
+    spans_ptr,
+    out_ptr,
+    v_mean_ptr,
+    lse_ptr,
+    t_mean_ptr,
+    call: tl.constexpr,
+    group: tl.constexpr,
+):
+    head, block = common.work_item(tl.program_id(0), call.batch * call.heads, call.row_blocks, group)
+    if call.is_causal:
+        block = call.row_blocks - 1 - block  # longest rows first
+    b, n = head // call.heads, head % call.heads
+    kv = n // call.heads_per_kv
+    row = block * call.block_q
+    limit: tl.constexpr = call.row_limit
+    block_q: tl.constexpr = call.block_q
+    width: tl.constexpr = call.value_width
+
+    offset, length, end = common.read_mask(offset_ptr, lengths_ptr, b, call)
+    bounds = common.key_bounds(row, block, spans_ptr, b, offset, length, call)
+    qr = common.load_stacked(q_ptr, r_ptr, b, row, limit, n, call.queries, call.heads, call.head_dim, call.block_q)
+
+    m = tl.full([block_q], float("-inf"), tl.float32)
+    d1 = tl.zeros([block_q], tl.float32)
+    t_mean = tl.zeros([block_q], tl.float32)
+    o1 = tl.zeros([block_q, width], tl.float32)
+    o2 = tl.zeros([block_q, width], tl.float32)
+    for part in tl.static_range(3):
+        if part == 1 or (part == 0 and call.hides_start) or (part == 2 and call.hides_end):
+            for j in tl.range(bounds[part], bounds[part + 1], num_stages=call.num_stages):
+                m, d1, t_mean, o1, o2 = _step(
+                    m, d1, t_mean, o1, o2, qr, k_ptr, v_ptr, segments_ptr, key_segments_ptr, b, kv, row,
+                    j * call.block_k, offset, end, part != 1, call,
+                )  # fmt: skip
+
+    out, v_mean, lse, t_mean = tiles.finish(m, d1, t_mean, o1, o2)
+    common.store_rows(out_ptr, out, b, row, limit, n, call.queries, call.heads, call.value_dim, call.block_q)
+    common.store_rows(v_mean_ptr, v_mean, b, row, limit, n, call.queries, call.heads, call.value_dim, call.block_q)
+    common.store_stat(lse_ptr, lse, b, n, row, limit, call)
+    common.store_stat(t_mean_ptr, t_mean, b, n, row, limit, call)
+
+
+def forward(query, probe, key, value, mask: blocks.Mask, *, scale: float, config: TritonPass):
+    """Returns (out, v_mean, lse, t_mean); see `pallas_kernels.tiles.finish`."""
+    call = common.Call.of(query, key, value, mask, scale, config)
+    values = jax.ShapeDtypeStruct((*query.shape[:3], value.shape[3]), query.dtype)
+    stats = jax.ShapeDtypeStruct((call.batch, call.heads, call.queries), jnp.float32)
+    return launch.launch(
+        parallax_forward,
+        (query, probe, key, value, *launch.mask_arrays(mask, mask.row_spans(config.block_q))),
+        (values, values, stats, stats),
+        programs=call.batch * call.heads * call.row_blocks,
+        config=config,
+        call=call,
+        group=call.heads_per_kv * common.work_group(call.batch * call.kv_heads, common.nbytes(key, value)),
+    )
