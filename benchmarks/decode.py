@@ -14,6 +14,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory too
@@ -67,7 +68,7 @@ SETS = {
 
 
 def draw(shape: Shape):
-    """Operands of `parallax_decode` as jax arrays, standard normal bfloat16."""
+    """Query, probe, caches (standard normal, bfloat16), lengths and page table of `parallax_decode`."""
     rows = (shape.batch, 1, shape.heads, shape.head_dim)
     if shape.page_size is None:
         cache, table = (shape.batch, shape.length, shape.kv_heads, shape.head_dim), None
@@ -78,32 +79,37 @@ def draw(shape: Shape):
         table = order.astype(jnp.int32).reshape(shape.batch, pages)
     keys = jax.random.split(jax.random.key(0), 4)
     operands = [jax.random.normal(k, s, jnp.bfloat16) for k, s in zip(keys, (rows, rows, cache, cache), strict=True)]
-    return operands, jnp.full(shape.batch, shape.length, jnp.int32), table
+    return *operands, jnp.full(shape.batch, shape.length, jnp.int32), table
 
 
-def ours(shape: Shape, block_sizes=None, implementation="triton"):
-    """The function to time and its arguments."""
-    operands, lengths, table = draw(shape)
-    call = functools.partial(parallax_decode, page_table=table, implementation=implementation, block_sizes=block_sizes)
-    return call, (*operands, lengths)
+def ours(implementation: str, block_sizes=None) -> Callable:
+    """The function of `draw`'s results to time."""
+
+    def decode(query, probe, key, value, lengths, table):
+        options = dict(page_table=table, implementation=implementation, block_sizes=block_sizes)
+        return parallax_decode(query, probe, key, value, lengths, **options)
+
+    return decode
 
 
-def cudnn(shape: Shape):
+def cudnn(shape: Shape) -> list[Callable]:
     """Softmax decode by cuDNN."""
-    (query, _, key, value), _, _ = draw(shape)
-    return jax_kernels(functools.partial(jax.nn.dot_product_attention, implementation="cudnn"), query, key, value)
+    return [lambda query, _, key, value, *__: jax.nn.dot_product_attention(query, key, value, implementation="cudnn")]
 
 
-def flash_attention_3(shape: Shape):
-    """Softmax decode by FlashAttention-3, the fastest of its split counts."""
+def flash_attention_3(shape: Shape) -> list[Callable]:
+    """Softmax decode by FlashAttention-3, with every split count that may be its fastest."""
     from flash_attn3_jax import flash_mha_with_kvcache
 
     if shape.head_dim != 128:
         raise NotImplementedError("128 only")
-    (query, _, key, value), lengths, _ = draw(shape)
-    call = lambda splits: functools.partial(flash_mha_with_kvcache, cache_seqlens=lengths, num_splits=splits)
-    splits = [s for s in (1, 2, 4, 8, 16, 32) if s == 1 or (shape.length // s >= 128 and s * shape.batch < 256)]
-    return min((jax_kernels(call(s), query, key, value) for s in splits), key=lambda result: result[0])
+
+    def decode(splits, query, _, key, value, lengths, __):
+        return flash_mha_with_kvcache(query, key, value, cache_seqlens=lengths, num_splits=splits)
+
+    most = max(1, 264 // (shape.batch * shape.kv_heads))
+    splits = [s for s in (1, 2, 4, 8, 16, 32) if s == 1 or (shape.length // s >= 128 and most / 6 <= s <= most)]
+    return [functools.partial(decode, s) for s in splits]
 
 
 def torch_operands(shape: Shape):
@@ -134,12 +140,9 @@ def published_triton(shape: Shape):
     return torch_kernels(lambda: published(*operands))
 
 
-PEERS = {
-    "cute": published_cute,
-    "published_triton": published_triton,
-    "cudnn": cudnn,
-    "fa3": flash_attention_3,
-}
+TORCH_PEERS = {"cute": published_cute, "published_triton": published_triton}
+JAX_PEERS = {"cudnn": cudnn, "fa3": flash_attention_3}
+PEERS = [*TORCH_PEERS, *JAX_PEERS]
 
 
 def read_bandwidth() -> float:
@@ -149,26 +152,46 @@ def read_bandwidth() -> float:
     return x.nbytes / time * 1e6
 
 
-def check(shape: Shape) -> float:
-    """Relative Frobenius error against the blockwise implementation."""
-    (call, args), (reference, _) = ours(shape), ours(shape, implementation="xla")
-    difference = lambda *a: (call(*a).astype(jnp.float32), reference(*a).astype(jnp.float32))
-    x, y = jax.jit(difference)(*args)
-    return float(jnp.linalg.norm(x - y) / jnp.linalg.norm(y))
+def compile_all(shapes: list[Shape], peers: list[str]) -> dict:
+    """(shape, name) -> its compiled calls, side by side: a list, or the reason why there is none."""
+
+    def compiled(job):
+        shape, name = job
+        try:
+            if name in JAX_PEERS:
+                calls = [] if shape.page_size else JAX_PEERS[name](shape)
+            else:
+                calls = [ours(name)]
+            args = jax.eval_shape(functools.partial(draw, shape))
+            return [jax.jit(call).lower(*args).compile() for call in calls]
+        except Exception as error:  # a peer that cannot run this shape costs its column, not the table
+            return repr(error)[:200]
+
+    jobs = [(shape, name) for shape in shapes for name in ("triton", "xla", *peers) if name not in TORCH_PEERS]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(jobs, pool.map(compiled, jobs), strict=True))
 
 
-def bench(shape: Shape, peers: list[str], bandwidth: float) -> dict:
-    """One row of the table: times in us, ratios, error."""
-    call, args = ours(shape)
+def bench(shape: Shape, peers: list[str], calls: dict, bandwidth: float) -> dict:
+    """One row of the table: times in us, ratios, relative Frobenius error against "xla"."""
+    args = draw(shape)
+    (call,), (reference,) = calls[shape, "triton"], calls[shape, "xla"]
     time, kernels = jax_kernels(call, *args)
+    out, expected = (x(*args).astype(jnp.float32) for x in (call, reference))
     row = {"shape": str(shape), **dataclasses.asdict(shape), "us": time, "kernels": kernels}
-    row |= {"error": check(shape), "bandwidth_share": shape.bytes / time * 1e6 / bandwidth}
+    row["error"] = float(jnp.linalg.norm(out - expected) / jnp.linalg.norm(expected))
+    row["bandwidth_share"] = shape.bytes / time * 1e6 / bandwidth
     for name in peers:
         if shape.page_size is not None:
             continue
         try:
-            row[name], _ = PEERS[name](shape)
-        except Exception as error:  # a peer that cannot run this shape costs its column, not the table
+            if name in TORCH_PEERS:
+                row[name], _ = TORCH_PEERS[name](shape)
+                continue
+            if isinstance(calls[shape, name], str):
+                raise RuntimeError(calls[shape, name])
+            row[name] = min(jax_kernels(call, *args)[0] for call in calls[shape, name])
+        except Exception as error:
             row[f"{name}_failed"] = repr(error)[:200]
     return row
 
@@ -190,11 +213,11 @@ def sweep(shape: Shape, keep: int = 6) -> list[tuple[float, TritonDecodeBlockSiz
         for block_k, s, warps, stages in itertools.product((16, 32, 64, 128), splits, (1, 2, 4), (2, 3, 4, 5))
         if block_k * shape.head_dim * 4 * stages <= 200_000 and block_k * s <= shape.length and block_k * warps <= 256
     ]
-    call, args = ours(shape)
+    args = draw(shape)
 
     def compiled(sizes):
         with contextlib.suppress(Exception):
-            return jax.jit(functools.partial(call, block_sizes=sizes)).lower(*args).compile()
+            return jax.jit(ours("triton", sizes)).lower(*args).compile()
 
     with ThreadPoolExecutor(12) as pool:
         functions = list(pool.map(compiled, candidates))
@@ -212,7 +235,7 @@ def main() -> None:
     """Runs the sets named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sets", nargs="*", default=["main"], help=f"of {', '.join(SETS)}")
-    parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS), help="which peers to time")
+    parser.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS, help="which peers to time")
     parser.add_argument("--sweep", action="store_true", help="time block sizes instead")
     parser.add_argument("--json", help="write the rows here")
     args = parser.parse_args()
@@ -230,12 +253,13 @@ def main() -> None:
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, read bandwidth {bandwidth / 1e12:.2f} TB/s")
     # A peer draws its own operands beside ours.
     limit = jax.devices()[0].memory_stats()["bytes_limit"] / 2.5
-    rows = []
     for shape in shapes:
         if shape.bytes > limit:
             print(f"{shape}: skipped, its keys and values take {shape.bytes / 2**30:.0f} GiB")
-            continue
-        rows.append(bench(shape, args.peers, bandwidth))
+    shapes = [shape for shape in shapes if shape.bytes <= limit]
+    calls, rows = compile_all(shapes, args.peers), []
+    for shape in shapes:
+        rows.append(bench(shape, args.peers, calls, bandwidth))
         show(rows[-1])
     for name in PEERS:
         ratios = [row[name] / row["us"] for row in rows if name in row]

@@ -9,7 +9,6 @@ The published kernels are compiled first, one process a tile, into Triton's cach
 import argparse
 import concurrent.futures
 import contextlib
-import functools
 import json
 import os
 import subprocess
@@ -130,11 +129,10 @@ def runs(workload: workloads.Workload) -> bool:
 
 
 def compile_tile(names: list[str], index: int) -> None:
-    """Fills Triton's cache with the published kernels of one tile, and flash-linear-attention's after the last."""
-    make = functools.partial(published_triton, TILES[index : index + 1]) if index < len(TILES) else published_fla
+    """Fills Triton's cache with the published kernels of one tile."""
+    attention, _ = published_triton(TILES[index : index + 1])
     for name in names:
-        attention, heads_first = make()
-        shapes = [(b, h, t, d) if heads_first else (b, t, h, d) for b, t, h, d in workloads.BY_NAME[name].shapes]
+        shapes = [(b, h, t, d) for b, t, h, d in workloads.BY_NAME[name].shapes]
         operands = [torch.randn(x, device="cuda", dtype=torch.bfloat16, requires_grad=True) for x in shapes]
         with contextlib.suppress(Exception):  # a tile that does not fit; the autotuner passes it over, too
             attention(*operands).sum().backward()
@@ -143,6 +141,13 @@ def compile_tile(names: list[str], index: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.torch_peers", description=__doc__.split("\n\n")[0])
     parser.add_argument("workloads", nargs="+")
+    parser.add_argument(
+        "--peers",
+        nargs="+",
+        choices=PEERS,
+        default=[name for name, make in PEERS.items() if make is not published_fla],
+        help="default: all but flash-linear-attention, whose autotuner takes minutes",
+    )
     parser.add_argument("--compile-tile", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -152,11 +157,11 @@ def main() -> None:
         return
     command = [sys.executable, "-m", "benchmarks.torch_peers", *names, "--compile-tile"]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda i: subprocess.run([*command, str(i)], capture_output=True), range(len(TILES) + 1)))
+        list(pool.map(lambda i: subprocess.run([*command, str(i)], capture_output=True), range(len(TILES))))
     for name in names:
         workload = workloads.BY_NAME[name]
-        for peer, make in PEERS.items():
-            row = dict(workload=name, implementation=peer)
+        for peer in options.peers:
+            make, row = PEERS[peer], dict(workload=name, implementation=peer)
             try:
                 if workload not in workloads.ACCURACY:
                     row |= time_peer(make, workload)

@@ -1,0 +1,89 @@
+"""The paper's figure of decode ratios from timings: `python -m benchmarks.decode_report ROWS.json FIGURE.png`.
+
+ROWS.json is what `python -m benchmarks.decode paper --json ROWS.json` wrote. Ratios are the time of the faster of the
+softmax peers over the time of Parallax, at equal head_dim and for Parallax with 64 against softmax with 128.
+"""
+
+import argparse
+import json
+import math
+import pathlib
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+SOFTMAX = ("cudnn", "fa3")
+COMPARISONS = {
+    "head_dim 64": (64, 64),
+    "head_dim 128": (128, 128),
+    "Parallax 64, softmax 128": (64, 128),
+}
+
+
+def ratios(rows: list[dict]) -> dict[str, dict[tuple[int, int], float]]:
+    """Comparison -> (batch x heads, length) -> softmax's time over Parallax's."""
+    key = lambda row: (row["batch"] * row["kv_heads"], row["length"])
+    ours = {(row["head_dim"], *key(row)): row["us"] for row in rows}
+    softmax = {
+        (row["head_dim"], *key(row)): min(row[name] for name in SOFTMAX if name in row)
+        for row in rows
+        if any(name in row for name in SOFTMAX)
+    }
+    return {
+        name: {
+            (heads, length): softmax[theirs, heads, length] / us
+            for (width, heads, length), us in ours.items()
+            if width == mine and (theirs, heads, length) in softmax
+        }
+        for name, (mine, theirs) in COMPARISONS.items()
+    }
+
+
+def draw(tables: dict, title: str, path: pathlib.Path) -> None:
+    """One heat map a comparison; white is 1, blue faster, red slower; blank where no peer ran."""
+    figure, axes = plt.subplots(1, len(tables), figsize=(5 * len(tables), 4.6), sharey=True, layout="constrained")
+    for axis, (name, table) in zip(axes, tables.items(), strict=True):
+        heads, lengths = (sorted({shape[i] for shape in table}) for i in (0, 1))
+        grid = np.full((len(lengths), len(heads)), np.nan)
+        for (head, length), ratio in table.items():
+            grid[lengths.index(length), heads.index(head)] = ratio
+        image = axis.imshow(np.log2(grid), cmap="RdBu", vmin=-1, vmax=1, origin="lower", aspect="auto")
+        for (y, x), ratio in np.ndenumerate(grid):
+            if not math.isnan(ratio):
+                color = "white" if abs(math.log2(ratio)) > 0.6 else "black"
+                axis.text(x, y, f"{ratio:.2f}", ha="center", va="center", fontsize=6, color=color)
+        axis.set_xticks(range(len(heads)), heads, rotation=90)
+        axis.set_yticks(range(len(lengths)), lengths)
+        axis.set(title=f"{name}: {mean(table):.2f}x", xlabel="batch x heads")
+    axes[0].set_ylabel("keys")
+    bar = figure.colorbar(image, ax=axes, ticks=[-1, -0.5, 0, 0.5, 1])
+    bar.ax.set_yticklabels(["0.5", "0.7", "1", "1.4", "2"])
+    figure.suptitle(title)
+    figure.savefig(path, dpi=150)
+
+
+def mean(table: dict) -> float:
+    """Geometric mean."""
+    return math.exp(sum(map(math.log, table.values())) / len(table))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.decode_report", description=__doc__.split("\n\n")[0])
+    parser.add_argument("rows", type=pathlib.Path)
+    parser.add_argument("figure", type=pathlib.Path)
+    options = parser.parse_args()
+    record = json.loads(options.rows.read_text())
+    tables = {name: table for name, table in ratios(record["rows"]).items() if table}
+    for name, table in tables.items():
+        below = {shape: ratio for shape, ratio in sorted(table.items()) if ratio < 1}
+        print(f"{name}: geometric mean {mean(table):.2f}x, {len(table) - len(below)} of {len(table)} at 1.0 or more")
+        for (heads, length), ratio in below.items():
+            print(f"  below: batch x heads {heads}, {length} keys: {ratio:.2f}")
+    draw(tables, f"Time of softmax decode / time of Parallax decode, {record['device']}", options.figure)
+
+
+if __name__ == "__main__":
+    main()
