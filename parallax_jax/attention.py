@@ -83,9 +83,9 @@ def parallax_attention(
     num_keys = key.shape[1]
     scale = check_scale(scale, head_dim)
     check_window(local_window_size)
-    if query_offset is None:
+    end_aligned = query_offset is None
+    if end_aligned:
         query_offset = num_keys - num_queries
-    query_offset = check_int32("query_offset", query_offset, ())
     if segment_ids is not None:
         segment_ids = check_int32("segment_ids", segment_ids, (batch, num_queries))
         if num_queries != num_keys:
@@ -93,7 +93,14 @@ def parallax_attention(
     if key_value_seq_lengths is not None:
         key_value_seq_lengths = check_int32("key_value_seq_lengths", key_value_seq_lengths, (batch,))
 
-    mask = Mask(query_offset, key_value_seq_lengths, segment_ids, bool(is_causal), local_window_size)
+    mask = Mask(
+        check_int32("query_offset", query_offset, ()),
+        key_value_seq_lengths,
+        segment_ids,
+        bool(is_causal),
+        local_window_size,
+        end_aligned=end_aligned,
+    )
     attend = functools.partial(_attend, implementation, scale, block_sizes)
     return attend_per_device(attend, query, probe, key, value, mask)
 
