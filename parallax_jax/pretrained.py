@@ -543,7 +543,7 @@ def _fields(config: ModelConfig) -> dict[str, Any]:
             "sliding_window": window,
             "layer_types": ["full_attention" if w is None else "sliding_attention" for w in c.windows],
         }
-    plain = c.head_dim * c.num_heads == c.width and c.probe_rope and c.probe_norm == c.qk_norm
+    plain = c.head_dim * c.num_heads == c.width and c.probe_rope and c.probe_norm == c.qk_norm and not c.probe_gate
     qk_norm_eps = c.norm_eps if c.qk_norm_eps is None else c.qk_norm_eps
     plain &= not c.qk_norm or qk_norm_eps <= _FLA_QK_NORM_EPS
     if c.attention == "parallax" and plain and c.use_bias in (False, "qkv") and len(set(c.windows)) == 1:
