@@ -4,11 +4,11 @@
   the efficiency is tokens per second and GPU over that of one.
 - tensor: the same with heads and hidden units over pairs of GPUs.
 - large: the 1.7B preset on all GPUs.
-- context: a call of attention on one sequence, split over all GPUs (benchmarks.context).
+- context: a call of attention on one long sequence, split over 1, 2, 4, ... GPUs.
 - resume: a run of one process per GPU, of which one is killed; the others must end, and the same command must continue
   the run on all GPUs, and on half of them, to the losses of a run that was not broken.
 
-`--toy` runs the same on emulated CPU devices, in minutes: `JAX_NUM_CPU_DEVICES=8 python -m benchmarks.scaling --toy`.
+`--toy` tries them on emulated CPU devices: `JAX_NUM_CPU_DEVICES=8 python -m benchmarks.scaling fsdp large --toy`.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from pathlib import Path
 
 PARTS = ("fsdp", "tensor", "large", "context", "resume")
 _PATIENCE = 240  # seconds for one start of a run
-_LATE = 90  # seconds in which the others must end when one was killed: LaunchConfig.timeout and a margin
+_LATE = 60  # seconds in which the others must end when one was killed: --launch.timeout and a margin
 
 
 def weak_scaling(tensor: int, preset: str, gpus: int, rows: int, flags: list[str]) -> list[dict]:
@@ -48,11 +48,18 @@ def weak_scaling(tensor: int, preset: str, gpus: int, rows: int, flags: list[str
 
 
 def steps(preset: str, variants: list[str], flags: list[str]) -> list[dict]:
-    """Rows of benchmarks.train_step, Parallax alone."""
-    with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        command = [sys.executable, "-m", "benchmarks.train_step", preset, "--attention", "parallax"]
-        subprocess.run([*command, *flags, "--variants", *variants, "--json", file.name], check=False)
-        return json.loads(Path(file.name).read_text())
+    """Rows of benchmarks.train_step for Parallax alone; one that failed says so itself."""
+    return report("train_step", preset, "--attention", "parallax", *flags, "--variants", *variants)
+
+
+def report(benchmark: str, *flags: str):
+    """The JSON that another benchmark writes."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "report.json"
+        done = subprocess.run([sys.executable, "-m", f"benchmarks.{benchmark}", *flags, "--json", str(path)])
+        if not path.exists():
+            raise RuntimeError(f"benchmarks.{benchmark} failed with exit code {done.returncode}")
+        return json.loads(path.read_text())
 
 
 class Run:
@@ -63,6 +70,7 @@ class Run:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         command = [sys.executable, "-u", "-m", "train", *flags, "--run-dir", str(folder), "--log-interval", "1"]
+        command += ["--mesh.fsdp", str(count), "--launch.timeout", "30"]
         command += ["--launch.coordinator", f"127.0.0.1:{port}", "--launch.num-processes", str(count)]
         self.logs = [folder.with_name(f"{folder.name}-{i}.log") for i in range(count)]
         self.processes = []
@@ -157,33 +165,25 @@ def largest_difference(a: Path, b: Path) -> float:
 def main():
     """Runs the parts named, one after another, and writes JSON after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=(*PARTS, []), default=list(PARTS), help="all by default")
+    parser.add_argument("parts", nargs="+", choices=PARTS)
     parser.add_argument("--gpus", type=int, help="all of the host by default")
     parser.add_argument("--rows", type=int, default=8, help="rows of 4096 tokens for each GPU, 0.6B preset")
     parser.add_argument("--large-rows", type=int, default=4, help="the same, 1.7B preset")
-    parser.add_argument("--length", type=int, default=131072, help="tokens of the sequence, part context")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[32768, 131072], help="of sequences, part context")
     parser.add_argument("--json", help="write the results here")
     parser.add_argument("--toy", action="store_true", help="small shapes, for CPUs")
     args = parser.parse_args()
     gpus = args.gpus or device_count()
     small, large = ("tiny", "tiny") if args.toy else ("parallax_0p6b", "parallax_1p7b")
     flags = ["--seq-len", "64" if args.toy else "4096", "--steps", "10"]
-    run_flags = [
-        "tiny" if args.toy else "laptop",
-        "--batch-size",
-        str(2 * gpus),
-        "--mesh.fsdp",
-        "2" if gpus > 1 else "1",
-    ]
+    run_flags = ["tiny" if args.toy else "laptop", "--batch-size", str(16 * gpus)]
     run_flags += ["--steps", "60", "--checkpoint-interval", "20", "--eval-interval", "50"]
-    context = ["--lengths", "512" if args.toy else str(args.length), "--devices", str(gpus)]
+    lengths = ["512"] if args.toy else map(str, args.lengths)
     work = {
         "fsdp": lambda: weak_scaling(1, small, gpus, args.rows, flags),
         "tensor": lambda: weak_scaling(2, small, gpus, args.rows, flags),
         "large": lambda: steps(large, [f"mesh.data=1,mesh.fsdp={gpus},batch_size={args.large_rows * gpus}"], flags),
-        "context": lambda: (
-            subprocess.run([sys.executable, "-m", "benchmarks.context", *context], check=True).returncode
-        ),
+        "context": lambda: report("context", "--devices", str(gpus), "--lengths", *lengths),
         "resume": lambda: kill_and_resume(gpus, run_flags),
     }
     results = {}
