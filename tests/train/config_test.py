@@ -68,7 +68,8 @@ BAD = {
     "tiny --data /no/such/text": "data='/no/such/text': no such file or folder",
     "tiny --mesh.data 1000": "mesh data=1000 .* needs 1000 devices and there are",
     "tiny --mesh.data 1 --mesh.fsdp 3": "batch_size / accumulation_steps=8 must be a multiple of 3",
-    "tiny --mesh.data 1 --mesh.tensor 2": "model.num_kv_heads=1 must be a multiple of 2",
+    "tiny --mesh.data 1 --mesh.tensor 3": "model.num_heads=2 must be a multiple of 3",
+    "tiny --mesh.data 1 --mesh.context 3": "seq_len=64 must be a multiple of 6",
 }
 
 
