@@ -84,36 +84,53 @@ class RMSNorm(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        """Returns `x / rms(x) * scale` in the dtype of `x`."""
+    def __call__(self, x: Float[Array, "*B D"], rotation: "Rotation | None" = None) -> Float[Array, "*B D"]:
+        """Returns `x / rms(x) * scale`, rotated where there is a rotation, in the dtype of `x`."""
         init = nn.with_logical_partitioning(nn.initializers.constant(self.scale_init), ("norm",))
-        return _rms_norm(x, self.param("scale", init, x.shape[-1:], self.param_dtype), self.epsilon)
+        return _rms_norm(x, self.param("scale", init, x.shape[-1:], self.param_dtype), rotation, self.epsilon)
 
 
+Rotation = tuple[Float[Array, "#B T 1 H"], Float[Array, "#B T 1 H"]]
 # What a backward pass needs of these functions is recomputed from their inputs: the float32 values between are twice
 # the size of those, and cost less to compute again than to keep.
 _recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
-@functools.partial(_recomputed, static_argnums=2)
-def _rms_norm(x, scale, epsilon):
+@functools.partial(_recomputed, static_argnums=3)
+def _rms_norm(x, scale, rotation, epsilon):
     y = x.astype(jnp.float32)
     y *= (jnp.mean(y * y, axis=-1, keepdims=True) + epsilon) ** -0.5
-    return (y * scale.astype(jnp.float32)).astype(x.dtype)
+    y *= scale.astype(jnp.float32)
+    return (y if rotation is None else _rotate(y, rotation)).astype(x.dtype)
 
 
-@functools.partial(_recomputed, static_argnums=2)
-def apply_rope(x: Float[Array, "B T N H"], positions: Int[Array, "#B T"], theta: float) -> Float[Array, "B T N H"]:
+def rotary_embedding(positions: Int[Array, "#B T"], head_dim: int, theta: float) -> Rotation:
     """Rotary position embedding, rotate-half form: dimension i turns with i + H/2 by `position * theta^(-2i/H)`.
 
-    Angles and the rotation are float32; the result has the dtype of `x`. H must be even.
+    Args:
+      positions: int32 position of each token.
+      head_dim: H, even.
+      theta: base of the frequencies.
+
+    Returns:
+      float32 factors of a dimension and of its partner, for `apply_rope`.
     """
-    half = x.shape[-1] // 2
+    half = head_dim // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = positions[..., None, None].astype(jnp.float32) * frequency
     sin, cos = jnp.sin(angle), jnp.cos(angle)
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    return jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1)
+
+
+@_recomputed
+def apply_rope(x: Float[Array, "B T N H"], rotation: Rotation) -> Float[Array, "B T N H"]:
+    """Rotates `x` in float32; the result has its dtype."""
+    return _rotate(x.astype(jnp.float32), rotation).astype(x.dtype)
+
+
+def _rotate(x, rotation):
+    own, partner = rotation
+    return x * own + jnp.roll(x, x.shape[-1] // 2, -1) * partner
 
 
 def cudnn_runs(query: Array, segment_ids: Array | None, *, implementation: str | None, **_) -> bool:
@@ -237,9 +254,12 @@ class ParallaxAttention(nn.Module):
                 name=name,
             )(x)
             if norm:
-                h = RMSNorm(self.norm_eps, gain, self.param_dtype, name=f"{name}_norm")(h)
-            return apply_rope(h, positions, self.rope_theta) if rope else h
+                return RMSNorm(self.norm_eps, gain, self.param_dtype, name=f"{name}_norm")(
+                    h, rotation if rope else None
+                )
+            return apply_rope(h, rotation) if rope else h
 
+        rotation = rotary_embedding(positions, self.head_dim, self.rope_theta)
         query = heads("query", self.num_heads, "heads", norm=self.qk_norm, rope=True)
         key = heads("key", self.num_kv_heads, "kv_heads", norm=self.qk_norm, rope=True)
         value = heads("value", self.num_kv_heads, "kv_heads", norm=False, rope=False)
@@ -297,9 +317,20 @@ class ParallaxAttention(nn.Module):
         return out, cache
 
 
-@_recomputed
+@jax.custom_vjp
 def _gated(gate, up):
-    return nn.silu(gate) * up
+    return (nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(up.dtype)
+
+
+def _gated_backward(inputs, dout):
+    gate, up, d = (x.astype(jnp.float32) for x in (*inputs, dout))
+    sigmoid = nn.sigmoid(gate)
+    dgate, dup = d * up * sigmoid * (1 + gate * (1 - sigmoid)), d * gate * sigmoid
+    # The barrier makes XLA compute both in one pass over the three.
+    return jax.lax.optimization_barrier((dgate.astype(dout.dtype), dup.astype(dout.dtype)))
+
+
+_gated.defvjp(lambda gate, up: (_gated(gate, up), (gate, up)), _gated_backward)
 
 
 class SwiGLU(nn.Module):

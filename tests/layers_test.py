@@ -8,7 +8,7 @@ from flax import nnx
 from parallax_jax import local_estimator
 from parallax_jax.cache import KVCache
 from parallax_jax.estimators import Solver
-from parallax_jax.layers import ParallaxAttention, RMSNorm, apply_rope
+from parallax_jax.layers import ParallaxAttention, RMSNorm, apply_rope, rotary_embedding
 from parallax_jax.reference import parallax_reference
 
 
@@ -106,9 +106,10 @@ def test_probe_norm_init_and_init_scale():
 def test_rope_depends_on_distance_only_and_starts_at_identity():
     x, y = jax.random.normal(jax.random.key(0), (2, 1, 6, 3, 16))
     at = lambda start: jnp.arange(start, start + 6, dtype=jnp.int32)[None]
-    scores = lambda s: jnp.einsum("btnh,bsnh->bnts", apply_rope(x, at(s), 1e4), apply_rope(y, at(s), 1e4))
+    rope = lambda s: rotary_embedding(at(s), 16, 1e4)
+    scores = lambda s: jnp.einsum("btnh,bsnh->bnts", apply_rope(x, rope(s)), apply_rope(y, rope(s)))
     np.testing.assert_allclose(scores(0), scores(1000), atol=3e-3)
-    np.testing.assert_array_equal(apply_rope(x, jnp.zeros((1, 6), jnp.int32), 1e4), x)
+    np.testing.assert_array_equal(apply_rope(x, rotary_embedding(jnp.zeros((1, 6), jnp.int32), 16, 1e4)), x)
 
 
 def test_rms_norm_is_float32_inside():
