@@ -323,11 +323,11 @@ def _gated(gate, up):
 
 
 def _gated_backward(inputs, dout):
-    gate, up, d = (x.astype(jnp.float32) for x in (*inputs, dout))
+    # The barriers make XLA compute both gradients in one pass over the three.
+    gate, up, d = (x.astype(jnp.float32) for x in lax.optimization_barrier((*inputs, dout)))
     sigmoid = nn.sigmoid(gate)
     dgate, dup = d * up * sigmoid * (1 + gate * (1 - sigmoid)), d * gate * sigmoid
-    # The barrier makes XLA compute both in one pass over the three.
-    return jax.lax.optimization_barrier((dgate.astype(dout.dtype), dup.astype(dout.dtype)))
+    return lax.optimization_barrier((dgate.astype(dout.dtype), dup.astype(dout.dtype)))
 
 
 _gated.defvjp(lambda gate, up: (_gated(gate, up), (gate, up)), _gated_backward)
