@@ -101,12 +101,12 @@ def parallax_attention(
         local_window_size,
         end_aligned=end_aligned,
     )
-    attend = functools.partial(_attend, implementation, scale, block_sizes)
-    return attend_per_device(attend, query, probe, key, value, mask)
+    one = functools.partial(attend, implementation, scale, block_sizes)
+    return attend_per_device(one, query, probe, key, value, mask)
 
 
-def _attend(implementation, scale, block_sizes, query, probe, key, value, mask: Mask):
-    """The call on one device."""
+def attend(implementation, scale, block_sizes, query, probe, key, value, mask: Mask):
+    """`parallax_attention` of checked operands on one device; segments of queries and of keys may differ."""
     if implementation == "reference":
         if block_sizes is not None:
             raise NotImplementedError("block_sizes: implementation 'reference' has no blocks")

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.blocks import Mask
 from parallax_jax import compare, parallax_attention, parallax_reference
+from parallax_jax.attention import attend
 from parallax_jax.workloads import BY_NAME, CONFORMANCE, Workload
 
 # The four-token case with all gradients, worked out in float64 (scale 2 ** -0.5, causal).
@@ -171,6 +173,22 @@ class Conformance:
             for name, x, y in zip(compare.RESULTS, packed, results, strict=True):
                 assert compare.relative_error(x[:, start : start + length], y) <= self.bound(), name
             start += length
+
+    def test_share_of_a_packed_row(self, rng):
+        """Some of a packed row's queries with all of its keys, as context parallelism computes them."""
+        operands, start, stop = self.operands(rng, batch=2, queries=111, heads=4, kv_heads=2), 30, 81
+        ids = jnp.asarray(np.sort(rng.integers(0, 5, (2, 111))), jnp.int32)
+        cotangent = operands[0].at[:, :start].set(0).at[:, stop:].set(0)
+        attention = functools.partial(self.attention, segment_ids=ids)
+        whole = compare.value_and_gradients(attention, operands, cotangent)
+        mask = Mask(jnp.int32(start), segment_ids=ids[:, start:stop], key_segment_ids=ids)
+        part = lambda x: x[:, start:stop]
+        attention = lambda *x: attend(self.implementation, 32**-0.5, None, *x, mask)
+        query, probe, key, value = operands
+        shared = compare.value_and_gradients(attention, (part(query), part(probe), key, value), part(cotangent))
+        for name, x, y in zip(compare.RESULTS, shared, whole, strict=True):
+            y = y if name in ("dkey", "dvalue") else part(y)
+            assert compare.relative_error(x, y) <= self.bound(), name
 
     def test_window_of_all_keys_is_none(self, rng):
         operands = self.operands(rng, queries=111)
