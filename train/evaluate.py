@@ -11,10 +11,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from parallax_jax.model import TransformerLM
 from parallax_jax.sharding import on_mesh
-from train.config import parse_flags, run_command
+from train.config import MeshConfig, parse_flags, run_command
 from train.data import PackedRows, load_corpus
 from train.distributed import share_of_rows
-from train.run import check_corpus, load_checkpoint
+from train.run import ONE_DEVICE, check_corpus, load_checkpoint
 from train.state import batch_sharding, device_batch, real_tokens, sum_of_losses
 
 
@@ -64,17 +64,20 @@ class Args:
 
     checkpoint: Annotated[str, tyro.conf.Positional]
     """Run folder, or one of its checkpoints/STEP."""
+    mesh: MeshConfig = ONE_DEVICE
+    """Devices to use; they need not be those of the run."""
 
 
 def main(argv: list[str]):
     """Evaluates the checkpoint that the command line names."""
     args = parse_flags(Args, argv, "python -m train.evaluate")
-    loaded = load_checkpoint(args.checkpoint)
+    loaded = load_checkpoint(args.checkpoint, args.mesh)
     corpus = load_corpus(loaded.config)
     check_corpus(loaded.record, {"corpus": corpus.record}, loaded.folder)
     rows = corpus.rows("validation", loaded.config.seq_len)
     part = loaded.config.batch_size // loaded.config.accumulation_steps
-    print(describe(*Evaluator(loaded.model, rows, part, loaded.mesh)(loaded.params), corpus.record["validation"]))
+    evaluate = Evaluator(loaded.model, rows, part, loaded.mesh, loaded.config.loss_chunk)
+    print(describe(*evaluate(loaded.params), corpus.record["validation"]))
 
 
 if __name__ == "__main__":

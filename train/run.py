@@ -18,12 +18,13 @@ import jax
 
 from parallax_jax.model import TransformerLM
 from train.checkpoint import load_params
-from train.config import Config, ConfigError, difference
+from train.config import Config, ConfigError, MeshConfig, difference
 from train.data import Corpus
 from train.optimizer import make_optimizer
 from train.state import abstract_state, make_mesh
 from train.tokenizer import Tokenizer, load_tokenizer
 
+ONE_DEVICE = MeshConfig(data=1)
 _RECORDED = ("parallax-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -134,7 +135,7 @@ class Loaded:
       step: updates applied.
       config: the run's configuration.
       record: what `run_record` noted.
-      mesh: this machine's devices as the configuration wants them.
+      mesh: the devices that hold the parameters.
       model: the model.
       params: its parameters.
       tokenizer: the run's tokenizer.
@@ -150,14 +151,15 @@ class Loaded:
     tokenizer: Tokenizer
 
 
-def load_checkpoint(path: str) -> Loaded:
-    """Loads a run folder's newest checkpoint, or the one named.
+def load_checkpoint(path: str, devices: MeshConfig = ONE_DEVICE) -> Loaded:
+    """Loads a run folder's newest checkpoint, or the one named, onto `devices`, whichever ones the run had.
 
     Raises:
       ConfigError: there is none, or it does not fit its run's configuration or this machine's devices.
     """
     folder, step = find_checkpoint(path)
     config, record = read_run(folder)
+    config = dataclasses.replace(config, mesh=devices)
     mesh = make_mesh(config)
     model = TransformerLM(config.resolved_model(jax.default_backend()))
     abstract = abstract_state(model, make_optimizer(config.optimizer, config.steps), mesh)

@@ -53,5 +53,5 @@ def finished_run(tmp_path_factory, caches) -> Path:
     """Folder of the tiny preset's run, trained to its end without a break."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
     with jax.numpy_dtype_promotion("standard"):
-        assert run_training(dataclasses.replace(tiny.config, mesh=MeshConfig(data=1)), folder, "tiny") == 0
+        assert run_training(dataclasses.replace(tiny.config, mesh=MeshConfig(data=1), profile=3), folder, "tiny") == 0
     return folder

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 import train.data
+import train.tokenizer
 from train.config import ConfigError
-from train.data import PackedRows, batches, load_corpus, split_of, standard_library, text_files
+from train.data import PackedRows, batches, installed_packages, load_corpus, split_of, standard_library, text_files
 from train.tokenizer import ByteTokenizer, FileTokenizer, train_bpe
 
 
@@ -114,6 +115,17 @@ def test_standard_library_is_chosen_by_rule(config):
     assert 0.02 < record["validation"]["bytes"] / record["bytes"] < 0.1
 
 
+def test_installed_packages_are_chosen_by_rule(tmp_path, monkeypatch):
+    files = {"a/code.py": "one", "a/types.pyi": "two", "b/copy.py": "one", "b/read.md": "three", "b/x.so": "four"}
+    files |= {"transformers/models/copy.py": "five", "transformers/own.py": "six", "c/nul.py": "\0"}
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(train.data.sysconfig, "get_paths", lambda: {"purelib": str(tmp_path)})
+    chosen = {"a/code.py": "one", "a/types.pyi": "two", "b/read.md": "three", "transformers/own.py": "six"}
+    assert installed_packages() == chosen
+
+
 def test_token_files_hold_the_documents(config):
     corpus = load_corpus(config)
     for split in ("train", "validation"):
@@ -192,6 +204,14 @@ def test_bpe_never_sees_the_validation_split(config, tmp_path):
     tokenizer = load_corpus(bpe_config).tokenizer
     assert len(tokenizer.encode([" trainword"])[0]) == 1
     assert len(tokenizer.encode([" valword"])[0]) > 1
+
+
+def test_bpe_of_long_texts_learns_from_some(tmp_path, monkeypatch):
+    texts = [f" {word}" * 60 for word in ("alpha", "gamma", "delta", "kappa") * 50]
+    monkeypatch.setattr(train.tokenizer, "_MAX_TO_LEARN_FROM", sum(map(len, texts)) // 2)
+    train_bpe(texts, 300, tmp_path / "tokenizer.json")
+    encoded = FileTokenizer(tmp_path / "tokenizer.json").encode([" alpha", " gamma", " delta", " kappa"])
+    assert [len(ids) == 1 for ids in encoded] == [True, False, True, False]
 
 
 def test_bpe_separator_is_one_token(tmp_path):

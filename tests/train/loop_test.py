@@ -2,6 +2,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -40,6 +41,7 @@ def test_run_folder_holds_everything(finished_run, config):
     assert looks == [10] and "validation_loss" in read_metrics(finished_run)[-1]
     assert checkpoint_steps(finished_run) == [10, 15, 20]
     assert not list(finished_run.parent.glob(".*"))
+    assert len(list((finished_run / "trace").rglob("*.xplane.pb"))) == 1
     events = [e for path in finished_run.glob("events*") for e in EventFileLoader(str(path)).Load()]
     logged = [(e.step, v.tensor.float_val[0]) for e in events for v in e.summary.value if v.tag == "loss"]
     assert logged == [(step, pytest.approx(loss)) for step, loss, _ in losses(finished_run)]
@@ -50,6 +52,9 @@ def test_evaluate_prints_the_loss_that_training_ended_with(finished_run, capsys)
     printed = capsys.readouterr().out
     final = read_metrics(finished_run)[-1]["validation_loss"]
     assert f"validation loss {final:.6f} nats/token" in printed and f"perplexity {np.exp(final):.4f}" in printed
+    evaluate.main([str(finished_run), "--mesh.fsdp", "2"])
+    [spread] = re.findall(r"validation loss ([0-9.]+) nats", capsys.readouterr().out)
+    assert float(spread) == pytest.approx(final, rel=1e-5)
     evaluate.main([os.path.relpath(finished_run / "checkpoints" / "10")])
     assert capsys.readouterr().out != printed
 
