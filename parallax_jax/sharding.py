@@ -38,7 +38,7 @@ class MeshAxes:
       heads: query heads and key/value heads, of activations and of parameters.
       mlp: hidden units, likewise.
       vocab: rows of the embedding and of the output projection.
-      embed: width of the parameters.
+      embed: width of the parameters; with the axes of `sequence` too, devices that share a row also share these.
 
     Raises:
       ValueError: one mesh axis would split two axes of an array.
@@ -109,20 +109,25 @@ def embed_per_device(table, tokens, dtype, *, split_sequence: bool):
     rules, (vocab, columns) = mesh_axes.value, map(_names, _parameter_spec(mesh, ("vocab", "embed"), table.shape))
     batch = _divide(mesh, rules.batch, tokens.shape[0])
     sequence = _divide(mesh, rules.sequence, tokens.shape[1]) if split_sequence else ()
-    shared = tuple(axis for axis in columns if axis in batch)  # its devices hold other rows and other columns
-    others = tuple(axis for axis in columns if axis not in batch)
+    where = lambda axis: 0 if axis in batch else 1 if axis in sequence else None  # which of their tokens differ
 
     def local(table, tokens):
-        tokens = lax.all_gather(tokens, shared, axis=0, tiled=True) if shared else tokens
+        for axis in columns:
+            if where(axis) is not None:
+                tokens = lax.all_gather(tokens, axis, axis=where(axis), tiled=True)
         ids = tokens - (lax.axis_index(vocab) * len(table) if vocab else 0)
         here = (ids >= 0) & (ids < len(table))
         x = jnp.where(here[..., None], jnp.take(table, ids, axis=0, mode="clip"), 0.0).astype(dtype)
         x = lax.psum(x, vocab) if vocab else x
-        x = lax.all_gather(x, others, axis=2, tiled=True) if others else x
-        return lax.all_to_all(x, shared, split_axis=0, concat_axis=2, tiled=True) if shared else x
+        for axis in reversed(columns):
+            if where(axis) is None:
+                x = lax.all_gather(x, axis, axis=2, tiled=True)
+            else:
+                x = lax.all_to_all(x, axis, split_axis=where(axis), concat_axis=2, tiled=True)
+        return x
 
     rows = P(batch, sequence)
-    return _shard_map(mesh, local, (P(vocab, shared + others), rows), rows)(table, tokens)
+    return _shard_map(mesh, local, (P(vocab, columns), rows), rows)(table, tokens)
 
 
 def splits_sequence(query) -> bool:

@@ -172,8 +172,7 @@ def test_axes_may_not_collide():
         MeshAxes(mlp=("x",), embed=("x",))
 
 
-@pytest.mark.parametrize("kind", [AUTO, EXPLICIT])
-@pytest.mark.parametrize("sizes", [(2, 1, 1, 4), (2, 2, 1, 2)])
+@pytest.mark.parametrize(("sizes", "kind"), [((2, 1, 1, 4), AUTO), ((2, 2, 1, 2), EXPLICIT)])
 def test_decode_is_that_of_one_device(rng, sizes, kind):
     """Contiguous and paged; key/value heads split and shared."""
     query, probe = (draw(rng, BATCH, 2, HEADS, HEAD_DIM) for _ in range(2))
@@ -195,11 +194,12 @@ def test_decode_is_that_of_one_device(rng, sizes, kind):
         assert compare.relative_error(jax.device_get(out), jax.device_get(expected)) <= 1e-6
 
 
-@pytest.mark.parametrize("split", ["batch", "replicated"])
-@pytest.mark.parametrize("vocab", [24, 27])
-def test_embedding(rng, vocab, split):
-    """Vocabulary split and not, columns split over devices that hold other rows, or the same."""
-    rows = 8 if split == "batch" else 1
+# Columns split over devices that hold other rows, other tokens of the same rows, and the same tokens.
+@pytest.mark.parametrize(
+    ("vocab", "rows", "sizes", "embed"),
+    [(24, 8, (2, 2, 1, 2), ("fsdp",)), (27, 8, (1, 2, 2, 2), ("fsdp", "context")), (24, 1, (1, 4, 1, 2), ("fsdp",))],
+)
+def test_embedding(rng, vocab, rows, sizes, embed):
     table, cotangent = draw(rng, vocab, 16), draw(rng, rows, 6, 16)
     tokens = jnp.asarray(rng.integers(0, vocab, (rows, 6)), jnp.int32)
 
@@ -208,9 +208,11 @@ def test_embedding(rng, vocab, split):
         return out, vjp(cotangent)[0]
 
     expected = run(table)
-    mesh = make_mesh((2, 2, 2, 1) if split == "batch" else (1, 2, 2, 2))
-    sharding = parameter_sharding(mesh, ("vocab", "embed"), table.shape)
-    out, grad = jax.jit(on_mesh(mesh, run), out_shardings=(None, sharding))(jax.device_put(table, sharding))
+    mesh = make_mesh(sizes)
+    with mesh_axes(MeshAxes(embed=embed)):
+        sharding = parameter_sharding(mesh, ("vocab", "embed"), table.shape)
+        out, grad = jax.jit(on_mesh(mesh, run), out_shardings=(None, sharding))(jax.device_put(table, sharding))
+    assert sharding.spec == P("tensor" if vocab == 24 else None, embed)
     np.testing.assert_array_equal(out, expected[0])
     np.testing.assert_allclose(grad, expected[1], rtol=1e-6, atol=1e-6)
 
