@@ -9,6 +9,7 @@ form, whatever an implementation really does).
 
 import argparse
 import concurrent.futures
+import functools
 import json
 import os
 import pathlib
@@ -107,7 +108,7 @@ def main() -> None:
     platform, kind = device.target()
     native = [name for name, (_, platforms) in BACKENDS.items() if platform in platforms]
     parser.add_argument("--workloads", nargs="+", default=DEFAULT_WORKLOADS, metavar="NAME")
-    parser.add_argument("--implementations", nargs="+", default=native, choices=BACKENDS)
+    parser.add_argument("--implementations", nargs="+", default=native, choices=[*BACKENDS, *compare.ROUTES])
     parser.add_argument("--no-peers", action="store_true", help="time this project alone")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE")
     options = parser.parse_args()
@@ -123,7 +124,8 @@ def main() -> None:
                 found = compare.errors(implementation, workload, "bfloat16")
                 rows.append(dict(workload=name, implementation=implementation) | found)
                 continue
-            attention = lambda *x, i=implementation, w=workload: parallax_attention(*x, implementation=i, **w.options())
+            options_of_call = compare.options_of(implementation, workload, jnp.bfloat16) | workload.options()
+            attention = functools.partial(parallax_attention, **options_of_call)
             calls.append((implementation, workload, attention, 4))
         if not options.no_peers and workload not in workloads.ACCURACY:
             calls += [(peer, workload, attention, 3) for peer, attention in softmax_peers(workload).items()]

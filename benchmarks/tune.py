@@ -21,7 +21,6 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_fail_ptx
 import jax
 import jax.numpy as jnp
 
-from benchmarks import decode as decode_benchmark
 from benchmarks import timing
 from pallas_kernels import block_sizes, blocks, device, triton_routes
 from pallas_kernels.block_sizes import TritonPass
@@ -112,7 +111,10 @@ def decode_milliseconds(backend: str, width: int) -> float:
     module = triton_routes.load(triton_routes.ROUTES[backend] + ".decode")
     total = 0.0
     for batch, length in ((32, 4096), (1, 16384)):
-        operands, lengths, _ = decode_benchmark.draw(decode_benchmark.Shape(batch, length, head_dim=width))
+        shapes = [(batch, 1, 8, width)] * 2 + [(batch, length, 8, width)] * 2
+        keys = jax.random.split(jax.random.key(0), 4)
+        operands = [jax.random.normal(k, shape, jnp.bfloat16) for k, shape in zip(keys, shapes, strict=True)]
+        lengths = jnp.full(batch, length, jnp.int32)
         query, _, key, value = operands
         sizes = module.heuristic(query, key, value, blocks.Mask(None, lengths), None)
         step = functools.partial(parallax_decode, implementation="triton", block_sizes=sizes)

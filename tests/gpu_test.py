@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.block_sizes import TritonDecodeBlockSizes
+from pallas_kernels import device, triton_routes
+from pallas_kernels.block_sizes import TritonDecodeBlockSizes, TritonLangDecodeBlockSizes, triton_lang_block_sizes
 from parallax_jax import compare, parallax_attention, parallax_reference
 from parallax_jax.attention import BACKENDS
 from parallax_jax.workloads import BY_NAME, CONFORMANCE
@@ -12,7 +13,14 @@ from tests.conformance import Conformance
 from tests.decode_conformance import DecodeConformance
 
 pytestmark = pytest.mark.gpu
-KERNELS = [name for name, (_, platforms) in BACKENDS.items() if platforms == ("gpu",)]
+KERNELS = [*(name for name, (_, platforms) in BACKENDS.items() if platforms == ("gpu",)), "triton_lang"]
+
+
+def options(implementation: str) -> dict:
+    """Options that take an implementation for heads of 128 in bfloat16; "triton_lang" is a route of "triton"."""
+    if implementation != "triton_lang":
+        return dict(implementation=implementation)
+    return dict(implementation="triton", block_sizes=triton_lang_block_sizes(device.target()[1], 16, 128, 128))
 
 
 class TestTriton(Conformance):
@@ -30,6 +38,23 @@ class TestTritonDecode(DecodeConformance):
     block_sizes = tuple(TritonDecodeBlockSizes(*sizes, 2, 2) for sizes in ((16, 1), (32, 2), (16, 8)))
 
 
+@pytest.fixture
+def only_triton_lang(monkeypatch):
+    """No other route of "triton": a test that passes ran the kernels in the Triton language."""
+    monkeypatch.delitem(triton_routes.ROUTES, "triton")
+
+
+@pytest.mark.usefixtures("only_triton_lang")
+class TestTritonLang(Conformance):
+    implementation = "triton"
+
+
+@pytest.mark.usefixtures("only_triton_lang")
+class TestTritonLangDecode(DecodeConformance):
+    implementation = "triton"
+    block_sizes = tuple(TritonLangDecodeBlockSizes(*sizes, 2, 2) for sizes in ((16, 1), (32, 2), (16, 8)))
+
+
 def bfloat16(key: int, *shape):
     return jax.random.normal(jax.random.key(key), shape, jnp.bfloat16)
 
@@ -40,7 +65,7 @@ def test_memory_is_linear_in_length(implementation):
 
     def step(length):
         shape = jax.ShapeDtypeStruct((1, length, 8, 128), jnp.bfloat16)
-        loss = lambda *x: jnp.sum(parallax_attention(*x, implementation=implementation).astype(jnp.float32))
+        loss = lambda *x: jnp.sum(parallax_attention(*x, **options(implementation)).astype(jnp.float32))
         compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))).lower(*[shape] * 4).compile()
         memory = compiled.memory_analysis()
         return compiled, memory.temp_size_in_bytes + memory.output_size_in_bytes
@@ -57,7 +82,7 @@ def test_more_than_two_to_the_31_elements(implementation):
     length, window, edge = 65600, 64, 256
     operands = [bfloat16(i, 2, length, 128, 128) for i in range(4)]
     assert operands[0].size > 2**31
-    attention = lambda *x: parallax_attention(*x, implementation=implementation, local_window_size=window)
+    attention = lambda *x: parallax_attention(*x, **options(implementation), local_window_size=window)
     loss = lambda *x: jnp.sum(attention(*x).astype(jnp.float32))
     out = jax.jit(attention)(*operands)
     grads = jax.jit(jax.grad(loss, argnums=(0, 1)))(*operands)
@@ -76,7 +101,7 @@ def test_more_than_two_to_the_31_elements(implementation):
 @pytest.mark.parametrize("implementation", KERNELS)
 def test_one_bit_pattern_in_a_thousand_runs(implementation):
     *operands, cotangent = BY_NAME["normal_1024"].operands(jnp.bfloat16)
-    attention = lambda *x: parallax_attention(*x, implementation=implementation)
+    attention = lambda *x: parallax_attention(*x, **options(implementation))
 
     @jax.jit
     def checksums(operands, cotangent):

@@ -1,5 +1,6 @@
 """Triton's interpreter on numpy arrays: numerics without a GPU. Slow, for tests."""
 
+import threading
 import warnings
 
 import ml_dtypes
@@ -32,6 +33,8 @@ def _dot_bfloat16(self, a, b, *others):
         a, b = (_cast_bfloat16(self, x, tl.float32) for x in (a, b))
     return _dot(self, a, b, *others)
 
+
+_one_at_a_time = threading.Lock()  # the interpreter keeps the running program in global variables
 
 interpreter._patch_lang_tensor = _patch_tensor_for_numpy
 interpreter.InterpreterBuilder.cast_impl = _cast_bfloat16
@@ -69,7 +72,7 @@ def interpret(kernel, outputs, programs: int, constants: dict, *arrays) -> tuple
     """Runs a kernel's programs in turn, on numpy; outputs that no one wrote are NaN."""
     arrays = [np.ascontiguousarray(x) for x in arrays]
     results = [np.full(x.shape, np.nan, x.dtype) for x in outputs]
-    with np.errstate(all="ignore"), warnings.catch_warnings():
+    with _one_at_a_time, np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # maxima of rows that hold NaN alone
         kernel[(programs,)](*map(_HostArray, (*arrays, *results)), **constants)
     return tuple(results)

@@ -1,0 +1,158 @@
+"""The kernels in the Triton language compiled for GPUs that are not there, within their registers and shared memory."""
+
+import re
+import subprocess
+import warnings
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
+
+from pallas_kernels import block_sizes, triton_routes
+from parallax_jax import parallax_attention, parallax_decode
+from parallax_jax.workloads import Workload
+
+pytestmark = pytest.mark.triton_lang
+triton = pytest.importorskip("triton")
+if triton.knobs.runtime.interpret:
+    pytest.skip("TRITON_INTERPRET=1 leaves nothing to compile", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from pallas_kernels.triton_lang import launch  # noqa: E402
+
+CARDS = {"A100": 80, "H100": 90, "B200": 100}
+TRITON_TYPES = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32", "int32": "*i32"}
+WORKLOADS = {
+    "causal": Workload("causal", 1, 1024, 4, 128, kv_heads=2),
+    "full": Workload("full", 1, 1024, 2, 128, is_causal=False),
+    "window": Workload("window", 1, 1024, 2, 128, window=200),
+    "packed": Workload("packed", 1, 1024, 2, 128, segments=4),
+    "ragged": Workload("ragged", 2, 1000, 2, 128, ragged=True),
+}
+SPILLED = 64  # bytes of a thread's registers that a plain kernel may spill; they lie outside the unmasked loops
+
+
+def device(card: str):
+    return AbstractMesh((), (), abstract_device=AbstractDevice(f"NVIDIA {card}", num_cores=None, platform="gpu"))
+
+
+@pytest.fixture
+def only_triton_lang(monkeypatch):
+    monkeypatch.delitem(triton_routes.ROUTES, "triton")
+
+
+def compiled(monkeypatch, card: str, function, *operands) -> dict[str, tuple]:
+    """Name -> (compiled kernel, bytes spilled) of every kernel that `function` launches."""
+    kernels = {}
+
+    def compile_instead(kernel, arrays, outputs, *, programs, config, **constants):
+        types = [TRITON_TYPES[str(x.dtype)] for x in (*arrays, *outputs)]
+        signature = dict(zip(kernel.arg_names, types, strict=False)) | dict.fromkeys(constants, "constexpr")
+        aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(types))}
+        source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
+        options = dict(num_warps=config.num_warps, num_stages=config.num_stages)
+        result = triton.compile(source, target=GPUTarget("cuda", CARDS[card], 32), options=options)
+        kernels[kernel.__name__] = result, spilled(result, CARDS[card])
+        return tuple(jnp.zeros(x.shape, x.dtype) for x in outputs)
+
+    monkeypatch.setattr(launch, "launch", compile_instead)
+    with jax.sharding.use_abstract_mesh(device(card)):
+        jax.eval_shape(function, *operands)
+    return kernels
+
+
+def spilled(kernel, capability: int) -> int:
+    """Bytes that ptxas stores for want of registers."""
+    ptxas = triton.knobs.nvidia.ptxas_blackwell if capability >= 100 else triton.knobs.nvidia.ptxas
+    arch = f"sm_{capability}{'a' if capability >= 90 else ''}"
+    command = [ptxas.path, "-v", f"-arch={arch}", "-o", "/dev/null", "/dev/stdin"]
+    log = subprocess.run(command, input=kernel.asm["ptx"], capture_output=True, text=True, check=True).stderr
+    return int(re.search(r"(\d+) bytes spill stores", log)[1])
+
+
+def gradients(workload: Workload, head_dim: int, dtype):
+    """Forward and backward, and its operands."""
+    options = workload.options()
+    fixed = {name: x for name, x in options.items() if not isinstance(x, jax.Array)}
+    arrays = {name: x for name, x in options.items() if name not in fixed}
+
+    def loss(arrays, *operands):
+        return jnp.sum(parallax_attention(*operands, implementation="triton", **arrays, **fixed).astype(jnp.float32))
+
+    shapes = [jax.ShapeDtypeStruct((*s[:3], head_dim), jnp.dtype(dtype)) for s in workload.shapes]
+    return jax.grad(loss, argnums=(1, 2, 3, 4)), arrays, *shapes
+
+
+@pytest.mark.usefixtures("only_triton_lang")
+@pytest.mark.parametrize(
+    ("card", "head_dim", "dtype"),
+    [(card, head_dim, "bfloat16") for card in CARDS for head_dim in (64, 128, 256)]
+    + [("H100", 128, "float16"), ("H100", 128, "float32"), ("H100", 256, "float32")],
+)
+def test_attention_fits(monkeypatch, card, head_dim, dtype):
+    kernels = compiled(monkeypatch, card, *gradients(WORKLOADS["causal"], head_dim, dtype))
+    assert set(kernels) == {"parallax_forward", "parallax_backward_rows", "parallax_backward_columns"}
+    for name, (kernel, stored) in kernels.items():
+        assert kernel.metadata.shared <= block_sizes.shared_memory_limit(card), name
+        if (card, dtype) == ("H100", "bfloat16") and head_dim <= 128:
+            assert stored <= SPILLED, name
+
+
+@pytest.mark.usefixtures("only_triton_lang")
+@pytest.mark.parametrize("name", [name for name in WORKLOADS if name != "causal"])
+def test_every_mask_fits(monkeypatch, name):
+    for kernel, _ in compiled(monkeypatch, "H100", *gradients(WORKLOADS[name], 128, "bfloat16")).values():
+        assert kernel.metadata.shared <= block_sizes.shared_memory_limit("H100")
+
+
+@pytest.mark.usefixtures("only_triton_lang")
+def test_a_spill_is_seen(monkeypatch):
+    """The check can fail: accumulators that no register file holds are spilled."""
+    greedy = block_sizes.TritonPass(128, 64, 4, 2)
+    sizes = block_sizes.TritonLangBlockSizes(greedy, greedy, greedy)
+    monkeypatch.setattr("pallas_kernels.triton_lang.triton_lang_block_sizes", lambda *_: sizes)
+    kernels = compiled(monkeypatch, "H100", *gradients(WORKLOADS["causal"], 128, "bfloat16"))
+    assert kernels["parallax_forward"][1] > SPILLED
+
+
+@pytest.mark.usefixtures("only_triton_lang")
+@pytest.mark.parametrize(("batch", "new", "dtype"), [(1, 1, "bfloat16"), (64, 16, "bfloat16"), (1, 16, "float32")])
+def test_decode_fits(monkeypatch, batch, new, dtype):
+    shape = jax.ShapeDtypeStruct
+    rows, cache = (batch, new, 12, 128), (2 * batch, 64, 4, 128)
+    operands = [shape(x, jnp.dtype(dtype)) for x in (rows, rows, cache, cache)]
+    decode = lambda table, *x: parallax_decode(*x, page_table=table, local_window_size=900, implementation="triton")
+    integers = shape((batch, 16), jnp.int32), shape((batch,), jnp.int32)
+    kernels = compiled(monkeypatch, "H100", decode, integers[0], *operands, integers[1])
+    assert len(kernels) == (1 if batch == 64 else 2)
+    for kernel, stored in kernels.values():
+        assert kernel.metadata.shared <= block_sizes.shared_memory_limit("H100")
+        assert stored <= SPILLED or dtype == "float32"
+
+
+def lower(function, *operands) -> str:
+    with jax.sharding.use_abstract_mesh(device("H100")), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return jax.jit(function).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_triton_lowers_without_pallas(monkeypatch):
+    """With Pallas' Triton module gone, "triton" still trains: three kernels through jax-triton."""
+    monkeypatch.setitem(triton_routes.ROUTES, "triton", "pallas_kernels.not_there")
+    text = lower(*gradients(WORKLOADS["causal"], 128, "bfloat16"))
+    assert text.count("triton_kernel_call") == 3
+    assert "__gpu$xla.gpu.triton" not in text
+
+
+@pytest.mark.usefixtures("only_triton_lang")
+@pytest.mark.parametrize(("batch", "kernels"), [(64, 1), (2, 2)])
+def test_a_decode_step_is_nothing_but_kernels(batch, kernels):
+    shape = jax.ShapeDtypeStruct
+    rows, cache = shape((batch, 2, 12, 100), jnp.bfloat16), shape((batch, 1000, 4, 100), jnp.bfloat16)
+    decode = lambda *x: parallax_decode(*x, local_window_size=300, implementation="triton")
+    text = lower(decode, rows, rows, cache, cache, shape((batch,), jnp.int32))
+    assert set(re.findall(r"= stablehlo\.(\w+)", text)) - {"constant"} == {"custom_call"}
+    assert text.count("triton_kernel_call") == kernels
