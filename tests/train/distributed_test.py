@@ -205,12 +205,13 @@ def test_killed_process_ends_the_other_and_the_run_continues(victim, alone, text
 
 
 @pytest.mark.slow
-def test_run_moves_to_other_processes(alone, text, tmp_path):
-    """Begun by one process, continued by two on another mesh."""
+@pytest.mark.parametrize("axis", ["data", "context"])
+def test_run_moves_to_other_processes(axis, alone, text, tmp_path):
+    """Begun by one process, continued by two on another mesh; a context of four spans both."""
     shutil.copytree(alone, tmp_path / "run")
     for step in (6, 8):
         shutil.rmtree(tmp_path / "run" / "checkpoints" / str(step))
-    printed = run(tmp_path / "run", text, 2, 2, "--mesh.data", "4", *STEPS)
+    printed = run(tmp_path / "run", text, 2, 2, f"--mesh.{axis}", "4", *STEPS)
     assert "from step 4" in printed[0]
     assert_same_run(tmp_path / "run", alone)
 
