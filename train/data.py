@@ -71,8 +71,8 @@ def standard_library() -> dict[str, str]:
 
 
 def installed_packages() -> dict[str, str]:
-    """Python source and documentation of the packages beside this one: text by relative path, each text once."""
-    root = Path(sysconfig.get_paths()["purelib"])
+    """Python source and documentation of the packages that lie with NumPy: text by relative path, each text once."""
+    root = Path(np.__file__).parents[1]
     texts, seen = {}, set()
     for path in sorted(path for path in root.rglob("*") if path.suffix in _PACKAGE_TEXT):
         name = path.relative_to(root)

@@ -1,7 +1,7 @@
 """Run folders: what training leaves behind, and how the other commands read it.
 
     runs/PRESET-TIME/  config.json  run.json  metrics.jsonl  events...  loss.png  [tokenizer.json]
-                       checkpoints/STEP/{state,data}
+                       checkpoints/STEP
 
 STEP counts the updates applied. A run folder appears whole; a checkpoint appears when it is complete.
 """
@@ -31,12 +31,13 @@ _RECORDED = ("parallax-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint
 def run_record(preset: str, corpus: Corpus, num_params: int) -> dict:
     """What a run was made from and on: preset, corpus, versions, devices."""
     devices = jax.devices()
+    installed = {distribution.name: distribution.version for distribution in importlib.metadata.distributions()}
     return {
         "preset": preset,
         "corpus": corpus.record,
         "parameters": num_params,
         "devices": {"kind": devices[0].device_kind, "count": len(devices), "processes": jax.process_count()},
-        "versions": {name: importlib.metadata.version(name) for name in _RECORDED},
+        "versions": {name: installed.get(name) for name in _RECORDED},  # this one may run from its checkout
     }
 
 

@@ -121,7 +121,7 @@ def test_installed_packages_are_chosen_by_rule(tmp_path, monkeypatch):
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    monkeypatch.setattr(train.data.sysconfig, "get_paths", lambda: {"purelib": str(tmp_path)})
+    monkeypatch.setattr(np, "__file__", str(tmp_path / "numpy" / "__init__.py"))
     chosen = {"a/code.py": "one", "a/types.pyi": "two", "b/read.md": "three", "transformers/own.py": "six"}
     assert installed_packages() == chosen
 
