@@ -82,7 +82,7 @@ def model_config(arm: str, size: Size, dtype: str, implementation: str | None) -
         mlp_width += per_column * (size.head_dim - head_dim) // 3
     shape = (VOCAB, size.layers, size.width, heads, kv_heads, head_dim, mlp_width)
     options = {"attention": "softmax", "rope_theta": 1e4, "dtype": dtype, "implementation": implementation} | options
-    return ModelConfig(*shape, **options, scan_unroll=size.layers)
+    return ModelConfig(*shape, **options)
 
 
 class Run(NamedTuple):

@@ -178,7 +178,7 @@ updates of warm-up, a constant rate, a linear decay over the last fifth; weight 
         _figure(size, rows, picture)
         lines += _page(size, rows, picture.name)
     lines.append(
-        """The paper (0.6B parameters, 79 B tokens, one run an arm): under Muon Parallax is ahead of softmax attention by
+        """The paper (0.6B parameters, 79 B tokens, one run each): under Muon Parallax is ahead of softmax attention by
 1.45 points of accuracy and 1.18 of perplexity, and ahead of both controls; under AdamW by 0.07 and 0.29. Stable rank of
 W_R 134 under Muon and 9 to 11 under AdamW; correction ratio above 8 in the deepest layers under Muon, below 4 under
 AdamW; a gate on the probe near 0.95 under Muon, 0.26 under AdamW; RoPE on the probe helps."""
