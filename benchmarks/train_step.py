@@ -24,6 +24,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -228,7 +229,9 @@ def run_case(preset: str, case: str, fields: dict, options: dict) -> dict:
     """Times a case in a process of its own; the row says what went wrong if something did."""
     fields = dict(fields)
     flags = f"{os.environ.get('XLA_FLAGS', '')} {fields.pop('flags', '')}".strip()
-    environment = os.environ | {"XLA_FLAGS": flags, "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
+    # The cases share what XLA finds out about matrix products, which is most of the time that a compilation takes.
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(Path(tempfile.gettempdir()) / "benchmarks.train_step")}
+    environment = cache | os.environ | {"XLA_FLAGS": flags, "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
     if case == FLA:
         environment["JAX_PLATFORMS"] = "cpu"  # the GPU is torch's
     job = json.dumps([preset, case, fields, options])
