@@ -70,6 +70,16 @@ class TestInterpretedDecode(DecodeConformance):
     implementation = "triton"
     block_sizes = tuple(TritonLangDecodeBlockSizes(*sizes, 2, 2) for sizes in ((16, 1), (32, 2), (16, 8)))
 
+    def test_vmap(self):
+        rng = np.random.default_rng(9)
+        query, probe = (jnp.asarray(rng.normal(size=(3, 2, 1, 4, 16)), jnp.float32) for _ in range(2))
+        key, value = (jnp.asarray(rng.normal(size=(2, 32, 2, 16)), jnp.float32) for _ in range(2))
+        lengths = jnp.asarray([[32, 5], [1, 0], [7, 9]], jnp.int32)
+        decode = lambda *x: parallax_decode(*x, implementation="triton")
+        mapped = jax.vmap(decode, in_axes=(0, 0, None, None, 0))(query, probe, key, value, lengths)
+        for i in range(3):
+            np.testing.assert_array_equal(mapped[i], decode(query[i], probe[i], key, value, lengths[i]))
+
 
 def call(**options):
     query = jnp.ones((1, 16, 1, 16))

@@ -30,8 +30,8 @@ def _warn_once() -> None:
         _warned = True
         warnings.warn(
             "implementation 'triton' rests on Pallas' Triton backend, which JAX has deprecated: a release after 0.12 "
-            "may drop it. Until then nothing needs to be done. On Hopper 'mosaic_gpu' does not depend on it, and 'xla' "
-            "runs everywhere.",
+            "may drop it. Until then nothing needs to be done, and then jax-triton 0.3, if installed, carries on. On "
+            "Hopper 'mosaic_gpu' does not depend on it, and 'xla' runs everywhere.",
             FutureWarning,
             stacklevel=2,
         )

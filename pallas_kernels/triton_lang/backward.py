@@ -13,27 +13,9 @@ from pallas_kernels.triton_lang import common, launch, tiles
 
 
 @triton.jit
-def _rows_step(
-    dqr,
-    qr,
-    do,
-    lse,
-    t_mean,
-    tau,
-    beta,
-    k_ptr,
-    v_ptr,
-    segments_ptr,
-    key_segments_ptr,
-    b,
-    kv,
-    row,
-    key,
-    offset,
-    end,
-    masked,
-    call,
-):
+def _rows_step(dqr, qr, do, stats, k_ptr, v_ptr, sight, kv, row, key, masked, call):
+    lse, t_mean, tau, beta = stats
+    b, end = sight[2], sight[4]
     limit = end if masked else None
     k = common.load_rows(k_ptr, b, key, limit, kv, call.keys, call.kv_heads, call.head_dim, call.block_k)
     v = common.load_rows(v_ptr, b, key, limit, kv, call.keys, call.kv_heads, call.value_dim, call.block_k)
@@ -41,7 +23,7 @@ def _rows_step(
     if masked:
         rows = (row + tl.arange(0, call.block_q))[:, None]
         keys = (key + tl.arange(0, call.block_k))[None, :]
-        visible = common.visible_tile(rows, keys, segments_ptr, key_segments_ptr, b, offset, end, call)
+        visible = common.visible_tile(rows, keys, sight, call)
     s1, s2 = tiles.unstack(tiles.dot(qr, tl.trans(k), call))
     p = tiles.backward_weights(s1, lse[:, None], visible, call)
     w = tiles.combined_weights(p, s2, t_mean[:, None])
@@ -95,24 +77,22 @@ def parallax_backward_rows(
     lse = common.load_stat(lse_ptr, b, n, row, limit, float("inf"), call)
     t_mean = common.load_stat(t_mean_ptr, b, n, row, limit, 0.0, call)
 
+    sight = (segments_ptr, key_segments_ptr, b, offset, end)
+    stats = (lse, t_mean, tau, beta)
     dqr = tl.zeros([2 * block_q, width], tl.float32)
     for part in tl.static_range(3):
         if part == 1 or (part == 0 and call.hides_start) or (part == 2 and call.hides_end):
             for j in tl.range(bounds[part], bounds[part + 1], num_stages=call.num_stages):
-                dqr = _rows_step(
-                    dqr, qr, do, lse, t_mean, tau, beta, k_ptr, v_ptr, segments_ptr, key_segments_ptr, b, kv, row,
-                    j * call.block_k, offset, end, part != 1, call,
-                )  # fmt: skip
+                dqr = _rows_step(dqr, qr, do, stats, k_ptr, v_ptr, sight, kv, row, j * call.block_k, part != 1, call)
     dq, dr = tiles.unstack(dqr)
     common.store_rows(dq_ptr, dq * call.scale, b, row, limit, n, call.queries, call.heads, call.head_dim, call.block_q)
     common.store_rows(dr_ptr, dr, b, row, limit, n, call.queries, call.heads, call.head_dim, call.block_q)
 
 
 @triton.jit
-def _columns_step(
-    dk, dv, k, v, q_ptr, r_ptr, do_ptr, lse_ptr, t_mean_ptr, tau_ptr, beta_ptr, segments_ptr, key_segments_ptr,
-    b, n, row, key, offset, end, masked, call,
-):  # fmt: skip
+def _columns_step(dk, dv, k, v, q_ptr, r_ptr, do_ptr, stat_ptrs, sight, n, row, key, masked, call):
+    lse_ptr, t_mean_ptr, tau_ptr, beta_ptr = stat_ptrs
+    b = sight[2]
     limit: tl.constexpr = call.row_limit if masked else None
     qr = common.load_stacked(q_ptr, r_ptr, b, row, limit, n, call.queries, call.heads, call.head_dim, call.block_q)
     do = common.load_rows(do_ptr, b, row, limit, n, call.queries, call.heads, call.value_dim, call.block_q)
@@ -120,7 +100,7 @@ def _columns_step(
     if masked:
         rows = (row + tl.arange(0, call.block_q))[None, :]
         keys = (key + tl.arange(0, call.block_k))[:, None]
-        visible = common.visible_tile(rows, keys, segments_ptr, key_segments_ptr, b, offset, end, call)
+        visible = common.visible_tile(rows, keys, sight, call)
     # In the order that keeps the fewest tiles alive. Rows past T: lse = +inf makes their weights zero.
     lse = common.load_stat(lse_ptr, b, n, row, limit, float("inf"), call)
     s1, s2 = tiles.apart(tiles.dot(k, tl.trans(qr), call))
@@ -169,6 +149,8 @@ def parallax_backward_columns(
     k = common.load_rows(k_ptr, b, key, end, kv, call.keys, call.kv_heads, call.head_dim, call.block_k)
     v = common.load_rows(v_ptr, b, key, end, kv, call.keys, call.kv_heads, call.value_dim, call.block_k)
 
+    sight = (segments_ptr, key_segments_ptr, b, offset, end)
+    stat_ptrs = (lse_ptr, t_mean_ptr, tau_ptr, beta_ptr)
     dk = tl.zeros([block_k, head_width], tl.float32)
     dv = tl.zeros([block_k, value_width], tl.float32)
     for n in tl.range(kv * call.heads_per_kv, (kv + 1) * call.heads_per_kv):
@@ -176,9 +158,8 @@ def parallax_backward_columns(
             if part == 1 or (part == 0 and call.hides_first_rows) or (part == 2 and call.hides_last_rows):
                 for i in tl.range(bounds[part], bounds[part + 1], num_stages=call.num_stages):
                     dk, dv = _columns_step(
-                        dk, dv, k, v, q_ptr, r_ptr, do_ptr, lse_ptr, t_mean_ptr, tau_ptr, beta_ptr, segments_ptr,
-                        key_segments_ptr, b, n, i * call.block_q, key, offset, end, part != 1, call,
-                    )  # fmt: skip
+                        dk, dv, k, v, q_ptr, r_ptr, do_ptr, stat_ptrs, sight, n, i * call.block_q, key, part != 1, call
+                    )
     common.store_rows(dk_ptr, dk, b, key, limit, kv, call.keys, call.kv_heads, call.head_dim, call.block_k)
     common.store_rows(dv_ptr, dv, b, key, limit, kv, call.keys, call.kv_heads, call.value_dim, call.block_k)
 

@@ -263,8 +263,12 @@ def row_bounds(key, block, spans_ptr, b, offset, length, call: tl.constexpr):
 
 
 @triton.jit
-def visible_tile(row, key, segments_ptr, key_segments_ptr, b, offset, end, call: tl.constexpr):
-    """`blocks.visible_tile` of int32 rows and keys that broadcast to a tile."""
+def visible_tile(row, key, sight, call: tl.constexpr):
+    """`blocks.visible_tile` of int32 rows and keys that broadcast to a tile.
+
+    `sight` is the mask as one program knows it: (segments, segments of keys, batch row, offset, end).
+    """
+    segments_ptr, key_segments_ptr, b, offset, end = sight
     visible = key < end
     if call.is_causal:
         visible = visible & (key <= row + offset)

@@ -33,7 +33,13 @@ def decode(query, probe, key, value, mask: blocks.Mask, page_table, *, scale, bl
     if query.shape[1] > MAX_QUERIES:
         return _prefill(query, probe, key, value, mask, page_table, scale=scale)
     config = block_sizes or heuristic(query, key, value, mask, page_table)
-    return _decode(query, probe, key, value, mask, page_table, scale=scale, config=config)
+    if page_table is not None:
+        return _decode(query, probe, key, value, mask, page_table, scale=scale, config=config)
+
+    def run(mask, *operands):
+        return (_decode(*operands, mask, None, scale=scale, config=config),)
+
+    return launch.batched(run)(mask, query, probe, key, value)[0]
 
 
 def heuristic(query, key, value, mask: blocks.Mask, page_table) -> TritonLangDecodeBlockSizes:
@@ -160,11 +166,7 @@ def _state(q_ptr, r_ptr, k_ptr, v_ptr, offset_ptr, lengths_ptr, pages_ptr, b, kv
     share = (last - first + call.num_splits - 1) // call.num_splits
     start = first + split * share
 
-    m = tl.full([size], float("-inf"), tl.float32)
-    d1 = tl.zeros([size], tl.float32)
-    t_mean = tl.zeros([size], tl.float32)
-    o1 = tl.zeros([size, width], tl.float32)
-    o2 = tl.zeros([size, width], tl.float32)
+    state = tiles.initial_state(size, width)
     page = _page(pages_ptr, b, start, call)
     for j in tl.range(start, tl.minimum(start + share, last), num_stages=call.num_stages):
         key = j * call.block_k
@@ -178,19 +180,17 @@ def _state(q_ptr, r_ptr, k_ptr, v_ptr, offset_ptr, lengths_ptr, pages_ptr, b, kv
             visible = visible & (keys > position[:, None] - call.window)
         if size == 8:
             s1, s2 = tiles.unstack(tiles.dot(qr, tl.trans(k), call))
-            m, d1, t_mean, o1, o2, p, p2 = tiles.weigh(m, d1, t_mean, o1, o2, s1, s2, visible, call)
+            state, p, p2 = tiles.weigh(state, s1, s2, visible, call)
             pv, p2v = tiles.unstack(tiles.dot(tiles.stack(p, p2).to(v.dtype), v, call))
-            o1 += pv
-            o2 += p2v
+            state = (state[0], state[1], state[2], state[3] + pv, state[4] + p2v)
         else:
             s1 = tiles.dot(q, tl.trans(k), call)
             s2 = tiles.dot(r, tl.trans(k), call)
-            m, d1, t_mean, o1, o2, p, p2 = tiles.weigh(m, d1, t_mean, o1, o2, s1, s2, visible, call)
-            o1 = tiles.add_dot(p, v, o1, call)
-            o2 = tiles.add_dot(p2, v, o2, call)
+            state, p, p2 = tiles.weigh(state, s1, s2, visible, call)
+            state = tiles.add_values(state, p, p2, v, call)
         # The next page is looked up a tile ahead: loads that wait for a load cannot be pipelined.
         page = _page(pages_ptr, b, j + 1, call)
-    return m, d1, t_mean, o1, o2
+    return state
 
 
 @triton.jit
@@ -199,10 +199,8 @@ def parallax_decode(
 ):  # fmt: skip
     program, block = tl.program_id(0) // call.row_blocks, tl.program_id(0) % call.row_blocks
     b, kv = program // call.kv_heads, program % call.kv_heads
-    m, d1, t_mean, o1, o2 = _state(
-        q_ptr, r_ptr, k_ptr, v_ptr, offset_ptr, lengths_ptr, pages_ptr, b, kv, block, 0, call
-    )
-    out, _, _, _ = tiles.finish(m, d1, t_mean, o1, o2)
+    state = _state(q_ptr, r_ptr, k_ptr, v_ptr, offset_ptr, lengths_ptr, pages_ptr, b, kv, block, 0, call)
+    out, _, _, _ = tiles.finish(state)
     pointers, inside = _pointers(out_ptr, b, kv, block * call.size + tl.arange(0, call.size), call.value_dim, call)
     tl.store(pointers, out.to(out_ptr.dtype.element_ty), mask=inside)
 

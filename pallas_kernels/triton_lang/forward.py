@@ -11,9 +11,8 @@ from pallas_kernels.triton_lang import common, launch, tiles
 
 
 @triton.jit
-def _step(
-    m, d1, t_mean, o1, o2, qr, k_ptr, v_ptr, segments_ptr, key_segments_ptr, b, kv, row, key, offset, end, masked, call
-):
+def _step(state, qr, k_ptr, v_ptr, sight, kv, row, key, masked, call):
+    b, end = sight[2], sight[4]
     limit = end if masked else None
     k = common.load_rows(k_ptr, b, key, limit, kv, call.keys, call.kv_heads, call.head_dim, call.block_k)
     s1, s2 = tiles.unstack(tiles.dot(qr, tl.trans(k), call))
@@ -22,9 +21,9 @@ def _step(
     if masked:
         rows = (row + tl.arange(0, call.block_q))[:, None]
         keys = (key + tl.arange(0, call.block_k))[None, :]
-        visible = common.visible_tile(rows, keys, segments_ptr, key_segments_ptr, b, offset, end, call)
-    m, d1, t_mean, o1, o2, p, p2 = tiles.weigh(m, d1, t_mean, o1, o2, s1, s2, visible, call)
-    return m, d1, t_mean, tiles.add_dot(p, v, o1, call), tiles.add_dot(p2, v, o2, call)
+        visible = common.visible_tile(rows, keys, sight, call)
+    state, p, p2 = tiles.weigh(state, s1, s2, visible, call)
+    return tiles.add_values(state, p, p2, v, call)
 
 
 @triton.jit
@@ -52,27 +51,18 @@ def parallax_forward(
     kv = n // call.heads_per_kv
     row = block * call.block_q
     limit: tl.constexpr = call.row_limit
-    block_q: tl.constexpr = call.block_q
-    width: tl.constexpr = call.value_width
 
     offset, length, end = common.read_mask(offset_ptr, lengths_ptr, b, call)
     bounds = common.key_bounds(row, block, spans_ptr, b, offset, length, call)
     qr = common.load_stacked(q_ptr, r_ptr, b, row, limit, n, call.queries, call.heads, call.head_dim, call.block_q)
-
-    m = tl.full([block_q], float("-inf"), tl.float32)
-    d1 = tl.zeros([block_q], tl.float32)
-    t_mean = tl.zeros([block_q], tl.float32)
-    o1 = tl.zeros([block_q, width], tl.float32)
-    o2 = tl.zeros([block_q, width], tl.float32)
+    sight = (segments_ptr, key_segments_ptr, b, offset, end)
+    state = tiles.initial_state(call.block_q, call.value_width)
     for part in tl.static_range(3):
         if part == 1 or (part == 0 and call.hides_start) or (part == 2 and call.hides_end):
             for j in tl.range(bounds[part], bounds[part + 1], num_stages=call.num_stages):
-                m, d1, t_mean, o1, o2 = _step(
-                    m, d1, t_mean, o1, o2, qr, k_ptr, v_ptr, segments_ptr, key_segments_ptr, b, kv, row,
-                    j * call.block_k, offset, end, part != 1, call,
-                )  # fmt: skip
+                state = _step(state, qr, k_ptr, v_ptr, sight, kv, row, j * call.block_k, part != 1, call)
 
-    out, v_mean, lse, t_mean = tiles.finish(m, d1, t_mean, o1, o2)
+    out, v_mean, lse, t_mean = tiles.finish(state)
     common.store_rows(out_ptr, out, b, row, limit, n, call.queries, call.heads, call.value_dim, call.block_q)
     common.store_rows(v_mean_ptr, v_mean, b, row, limit, n, call.queries, call.heads, call.value_dim, call.block_q)
     common.store_stat(lse_ptr, lse, b, n, row, limit, call)

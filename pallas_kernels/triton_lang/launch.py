@@ -12,7 +12,9 @@ import triton
 from pallas_kernels import blocks, device
 
 INTERPRETED = triton.knobs.runtime.interpret
-if not INTERPRETED:
+if INTERPRETED:
+    from pallas_kernels.triton_lang.interpreter import interpret
+else:
     # The import blanks TRITON_CACHE_DIR, which would break every other user of Triton in this process.
     _cache = os.environ.get("TRITON_CACHE_DIR")
     import jax_triton
@@ -21,9 +23,7 @@ if not INTERPRETED:
     if _cache is not None:
         os.environ["TRITON_CACHE_DIR"] = _cache
     if not jax_triton.__version__.startswith("0.3."):
-        raise ImportError(
-            f"needs jax-triton 0.3: later ones fail under jit with JAX 0.12, got {jax_triton.__version__}"
-        )
+        raise ImportError(f"needs jax-triton 0.3, 0.4 fails under jit with JAX 0.12; got {jax_triton.__version__}")
 
 # Compute capability by a part of the device's name, for GPUs that are compiled for but are not there.
 CAPABILITIES = {"A100": 80, "RTX 4090": 89, "H100": 90, "H200": 90, "B200": 100}
@@ -50,8 +50,6 @@ def launch(kernel, arrays, outputs, *, programs: int, config, **constants):
       A tuple of arrays.
     """
     if INTERPRETED:
-        from pallas_kernels.triton_lang.interpreter import interpret
-
         run = functools.partial(interpret, kernel, outputs, programs, constants)
         return jax.pure_callback(run, outputs, *arrays)
     return jax_triton.triton_call(
@@ -68,17 +66,17 @@ def launch(kernel, arrays, outputs, *, programs: int, config, **constants):
 
 
 def _compute_capability() -> int | None:
-    """Of the GPU that is compiled for; None where it is there and can be asked."""
-    kind = device.target()[1]
+    """Of the GPU that is compiled for; None where it is there and jax-triton can ask it, or is not known."""
     if jax.default_backend() == "gpu":
         return None
-    return next(capability for name, capability in CAPABILITIES.items() if name in kind)
+    kind = device.target()[1]
+    return next((capability for name, capability in CAPABILITIES.items() if name in kind), None)
 
 
 def batched(run: Callable) -> Callable:
     """run(mask, *arrays) where `jax.vmap` joins its axis with the batch axis that every array and result starts with.
 
-    The mask's offset may be a scalar or (B,).
+    The mask's offset may be a scalar, (B,) or None.
     """
     call = jax.custom_batching.custom_vmap(run)
 
@@ -94,7 +92,7 @@ def batched(run: Callable) -> Callable:
         offset, offset_batched = mask.offset, mask_batched.offset
         if offset_batched and offset.ndim == 1:
             offset = jnp.repeat(offset, rows)  # a scalar of each mapped call
-        elif offset_batched or offset.ndim == 1:
+        elif offset_batched or (offset is not None and offset.ndim == 1):
             offset = join(offset, offset_batched)
         others = jax.tree.map(join, *(dataclasses.replace(x, offset=None) for x in (mask, mask_batched)))
         results = call(dataclasses.replace(others, offset=offset), *map(join, arrays, batched))
@@ -105,6 +103,11 @@ def batched(run: Callable) -> Callable:
 
 def unavailable() -> str | None:
     """Why kernels cannot be launched where the code being traced will run, or None."""
-    if INTERPRETED or device.target()[0] == "gpu":
+    platform, kind = device.target()
+    if INTERPRETED:
         return None
-    return "implementation: runs on GPUs; on a CPU in Triton's interpreter, with TRITON_INTERPRET=1"
+    if platform != "gpu":
+        return "implementation: runs on GPUs; on a CPU in Triton's interpreter, with TRITON_INTERPRET=1"
+    if jax.default_backend() != "gpu" and _compute_capability() is None:
+        return f"implementation: compiles here for {', '.join(CAPABILITIES)} only, got {kind}"
+    return None

@@ -50,8 +50,24 @@ def nonzero(d1):
 
 
 @triton.jit
-def weigh(m, d1, t_mean, o1, o2, s1, s2, visible, call: tl.constexpr):
+def initial_state(rows: tl.constexpr, width: tl.constexpr):
+    """The state before any key."""
+    stat = tl.zeros([rows], tl.float32)
+    values = tl.zeros([rows, width], tl.float32)
+    return tl.full([rows], float("-inf"), tl.float32), stat, stat, values, values
+
+
+@triton.jit
+def add_values(state, p, p2, v, call: tl.constexpr):
+    """The other half of `pallas_kernels.tiles.update`: the products of the weights with the tile's values."""
+    m, d1, t_mean, o1, o2 = state
+    return m, d1, t_mean, add_dot(p, v, o1, call), add_dot(p2, v, o2, call)
+
+
+@triton.jit
+def weigh(state, s1, s2, visible, call: tl.constexpr):
     """The state moved to the tile's maximum and mean, and the weights p and p (t - t_mean)."""
+    m, d1, t_mean, o1, o2 = state
     if call.scores_first:
         s1 = s1 * call.c
     if visible is not None:
@@ -65,7 +81,7 @@ def weigh(m, d1, t_mean, o1, o2, s1, s2, visible, call: tl.constexpr):
     t_new = (old * t_mean + tl.sum(p * s2, 1)) / nonzero(d1)
     o1 = o1 * a[:, None]
     o2 = o2 * a[:, None] + (t_mean - t_new)[:, None] * o1
-    return m_new, d1, t_new, o1, o2, p, p * (s2 - t_new[:, None])
+    return (m_new, d1, t_new, o1, o2), p, p * (s2 - t_new[:, None])
 
 
 @triton.jit
@@ -80,8 +96,9 @@ def merge(m, d1, t_mean, o1, o2):
 
 
 @triton.jit
-def finish(m, d1, t_mean, o1, o2):
-    """(out, v_mean, lse, t_mean) of rows (rows,), (rows, Hv)."""
+def finish(state):
+    """(out, v_mean, lse, t_mean) of the rows."""
+    m, d1, t_mean, o1, o2 = state
     inverse = tl.where(d1 == 0, 0.0, 1.0 / nonzero(d1))
     v_mean = o1 * inverse[:, None]
     out = v_mean - o2 * inverse[:, None]
