@@ -12,6 +12,7 @@ dimensions. The bandwidth of each estimator and n is the best on other tasks tha
 import argparse
 import functools
 import json
+import math
 from pathlib import Path
 
 import jax
@@ -25,7 +26,7 @@ from parallax_jax.estimators import Estimator, Solver
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 RADIUS, NOISE, QUERIES, TASKS = 300.0, 0.3, 64, 32
 SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-WIDTHS = tuple(2.0 ** (i / 2) for i in range(-11, 3))  # of the kernel: 0.022 to 2
+WIDTHS = tuple(2.0 ** (i / 2) for i in range(-17, 3))  # of the kernel: 0.0028 to 2
 SOLVER = Solver(ridge=1e-3, method="exact")
 DATA = ("smooth", "kinks", "jumps")
 # Estimator -> exponents of n in the integrated error of smooth functions, from the dimension.
@@ -131,63 +132,85 @@ def measure(d: int, n: int, seed: int = 0) -> list[dict]:
 
 
 def slope(rows: list[dict], least: int = 128) -> tuple[float, float]:
-    """Slope of log error over log n from `least` keys on, and its standard error, by weighted least squares."""
-    rows = [row for row in rows if row["n"] >= least]
+    """Slope of log error over log n from `least` keys on, and its standard error, by weighted least squares.
+
+    Points whose best bandwidth is the narrowest tried are left out.
+    """
+    rows = [row for row in rows if row["n"] >= least and not _at_the_edge(row)]
+    if len(rows) < 3:
+        return math.nan, math.nan
     x, y = (np.log([row[name] for row in rows]) for name in ("n", "error"))
     w = np.array([(row["error"] / row["standard_error"]) ** 2 for row in rows])
     centred = x - np.average(x, weights=w)
     return float((w * centred * y).sum() / (w * centred**2).sum()), float((w * centred**2).sum() ** -0.5)
 
 
+def _at_the_edge(row: dict) -> bool:
+    return row["width"] == WIDTHS[0] and row["estimator"] != NAMES[0]
+
+
 def write_report(log: Path):
     """Writes the page and the figure beside the log."""
     rows = [json.loads(line) for line in log.read_text().splitlines()]
-    about = rows[-1]
+    about, most = rows[-1], max(row["n"] for row in rows)
     dimensions = sorted({row["d"] for row in rows})
+    softmax, lla = NAMES[1:3]
     pick = lambda d, data, name: [r for r in rows if (r["d"], r["data"], r["estimator"]) == (d, data, name)]
-    figure = Figure(figsize=(12, 3.6 * len(dimensions)), layout="constrained")
+    last = lambda d, data, name: next(r["error"] for r in pick(d, data, name) if r["n"] == most)
+    figure = Figure(figsize=(13, 4.2 * len(dimensions)), layout="constrained")
     for line, d in zip(figure.subplots(len(dimensions), len(DATA), squeeze=False), dimensions, strict=True):
         for axes, data in zip(line, DATA, strict=True):
             for name in NAMES:
                 found = pick(d, data, name)
                 n, error, spread = (np.array([r[x] for r in found]) for x in ("n", "error", "standard_error"))
                 axes.errorbar(n, error, spread, marker=".", label=f"{name} ({slope(found)[0]:.2f})")
-            axes.set(
-                xscale="log", yscale="log", xlabel="keys", ylabel="integrated squared error", title=f"{data}, d = {d}"
-            )
-            axes.legend(fontsize=6.5, title="slope from 128 keys on", title_fontsize=6.5)
+            axes.set(xscale="log", yscale="log", xlabel="keys", title=f"{data}, d = {d}")
+            axes.set_ylim(axes.get_ylim()[0] / 3, axes.get_ylim()[1])
+            axes.legend(fontsize=7, title="slope from 128 keys on", title_fontsize=7, loc="lower left")
             axes.grid(alpha=0.3)
+        line[0].set_ylabel("integrated squared error")
     figure.savefig(log.with_suffix(".png"), dpi=120)
 
     lines = []
     for d in dimensions:
-        lines += [
-            f"## d = {d}",
-            "",
-            "| estimator | theory, smooth | " + " | ".join(DATA) + f" | error, smooth, n = {max(SIZES)} |",
-        ]
-        lines.append("|---" * (len(DATA) + 3) + "|")
+        share = f"error at {most} keys over softmax attention's: " + ", ".join(DATA)
+        head = ["estimator", "slope in theory, smooth", *(f"slope, {data}" for data in DATA), share]
+        lines += [f"## d = {d}", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         for name in NAMES:
-            slopes = ("{:.2f} ± {:.2f}".format(*slope(pick(d, data, name))) for data in DATA)
-            last = next(r for r in pick(d, "smooth", name) if r["n"] == max(SIZES))
-            error = f"{last['error']:.2e} ± {last['standard_error']:.0e}"
+            slopes = ["{:.2f} ± {:.2f}".format(*slope(pick(d, data, name))) for data in DATA]
+            shares = (last(d, data, name) / last(d, data, softmax) for data in DATA)
+            shares = ", ".join(f"{x:.2f}" if x < 10 else f"{x:.0f}" for x in shares)
             theory = f"{RATES[name](d):.2f}" if name in RATES else "none given"
-            lines.append(f"| {name} | {theory} | " + " | ".join(slopes) + f" | {error} |")
+            lines.append(f"| {name} | {theory} | {' | '.join(slopes)} | {shares} |")
+        (one, its), (other, error) = (slope(pick(d, "smooth", name)) for name in (lla, softmax))
+        gap, error = one - other, math.hypot(its, error)
+        verdict = "they are told apart" if abs(gap) > 2 * error else "they are not told apart at this number of tasks"
+        theory = RATES[lla](d) - RATES[softmax](d)
+        lines += [
+            "",
+            f"LLA's slope less softmax attention's, smooth functions: {gap:+.2f} ± {error:.2f}; theory {theory:+.2f}:",
+        ]
+        lines += [f"{verdict}."]
+        edge = [r for r in rows if r["d"] == d and _at_the_edge(r)]
+        if edge:
+            where = sorted({(r["data"], r["n"]) for r in edge})
+            text = ", ".join(f"{data} with {n} keys" for data, n in where)
+            lines.append(f"Left out of the slopes, for their best bandwidth is the narrowest tried: {text}.")
         lines.append("")
     page = f"""# Regression: integrated error against the number of keys
 
-`python -m experiments.regression` (commit {about["commit"]}, {about["device"]}, jax {about["jax"]}, float64) made
-the log, `python -m experiments.regression --report` this page. Random functions on [-1, 1]^d, noise of standard
-deviation {NOISE}, {TASKS} tasks of {QUERIES} queries for every number; the bandwidth is chosen for each estimator, n
-and kind of function on {TASKS} other tasks, learned probes are fitted to {TASKS} more. Slopes of log error over log n
-from 128 keys on, with standard errors.
+`python -m experiments.regression` (commit {about["commit"]}, {about["device"]}, jax {about["jax"]}, float64) made the
+log `regression.jsonl`, `python -m experiments.regression --report` this page. Random functions on [-1, 1]^d, noise of
+standard deviation {NOISE}, {TASKS} tasks of {QUERIES} queries for every number; the bandwidth is chosen for each
+estimator, n and kind of function on {TASKS} other tasks, learned probes are fitted to {TASKS} more. Slopes of log error
+over log n from 128 keys on, with standard errors.
 
 ![error against keys](regression.png)
 
 {chr(10).join(lines)}
 "Oracle probe" is LLA's solved probe without its factor 1 + eta; with the factor Parallax is LLA, to rounding. "W x" is
 what one Parallax layer can do, a probe linear in the query's place; "W g(x)" adds bumps on a grid, as an earlier layer
-could compute them.
+could compute them. The paper states the theory; it has no such measurement of Parallax.
 """
     log.with_suffix(".md").write_text(page)
     print(page)
