@@ -324,7 +324,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--report", action="store_true", help="write the table and the figure from the log")
     parser.add_argument("--log", type=Path, default=RESULTS / "mad.jsonl")
-    parser.add_argument("--tasks", nargs="+", default=list(BASELINES), help="NAME or NAME:VOCAB-LENGTH")
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        default=list(BASELINES),
+        help="NAME, or for another difficulty NAME:VOCAB-LENGTH, such as noisy_recall:144-1024",
+    )
     parser.add_argument("--mixers", nargs="+", default=MIXERS, choices=MIXERS)
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--sweep-epochs", type=int, default=20)

@@ -100,8 +100,9 @@ def _recall(rng, examples, vocab_size, seq_len, training, noise_vocab=0, noise=0
     noise_tokens = rng.integers(plain, plain + max(1, noise_vocab), tokens.shape)
     tokens = np.where(is_noise[..., None], noise_tokens, tokens)
     # A pair is a repetition where an earlier pair, not noise, has its key.
-    same = (keys[:, :, None] == keys[:, None, :]) & ~is_noise[:, None, :]
-    repeated = (same & np.tri(pairs, k=-1, dtype=bool)).any(-1) & ~is_noise
+    first = np.full((examples, plain // 2), pairs)
+    np.minimum.at(first, (rows, keys), np.where(is_noise, pairs, np.arange(pairs)))
+    repeated = (np.arange(pairs) > first[rows, keys]) & ~is_noise
     answers = np.full_like(tokens, IGNORE)
     answers[..., 1] = np.where(repeated, tokens[..., 1], IGNORE)
     return _shifted(tokens.reshape(examples, -1), answers.reshape(examples, -1), training)
@@ -188,8 +189,9 @@ def _selective_copying(rng, examples, vocab_size, seq_len, training):
     copied = rng.integers(vocab_size - 2, size=(examples, count))
     blanks = seq_len - 2 * count - 1
     # Each blank goes before one of the tokens; a token stands after all blanks that go before it or an earlier one.
-    before = rng.integers(count, size=(examples, blanks))
-    place = np.arange(count) + (before[:, :, None] <= np.arange(count)).sum(1)
+    before = np.zeros((examples, count), int)
+    np.add.at(before, (np.arange(examples)[:, None], rng.integers(count, size=(examples, blanks))), 1)
+    place = np.arange(count) + np.cumsum(before, axis=1)
     inputs = np.full((examples, seq_len), blank)
     np.put_along_axis(inputs, place, copied, 1)
     inputs[:, count + blanks] = mark
