@@ -103,7 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m parallax_jax.compare", description=__doc__.split("\n\n")[0])
     platform, kind = device.target()
     native = [name for name, (_, platforms) in BACKENDS.items() if platform in platforms]
-    native += ROUTES if "triton" in native else []
+    native = [x for name in native for x in (ROUTES if name == "triton" else [name])]
     names = [*BACKENDS, *ROUTES]
     parser.add_argument("--implementations", nargs="+", choices=names, default=native, help=f"default: {native}")
     parser.add_argument(

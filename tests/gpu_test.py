@@ -1,5 +1,8 @@
 """Every kernel on a GPU: `pytest -m gpu`. Conformance, and sizes that only a large GPU holds."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -53,6 +56,45 @@ class TestTritonLang(Conformance):
 class TestTritonLangDecode(DecodeConformance):
     implementation = "triton"
     block_sizes = tuple(TritonLangDecodeBlockSizes(*sizes, 2, 2) for sizes in ((16, 1), (32, 2), (16, 8)))
+
+
+WITHOUT_PALLAS_TRITON = """
+import sys
+
+sys.modules["jax.experimental.pallas.triton"] = None
+import jax, optax
+from parallax_jax import ModelConfig, TransformerLM
+
+config = ModelConfig(vocab_size=64, num_layers=2, width=64, num_heads=4, num_kv_heads=2, head_dim=16, mlp_width=128,
+                     implementation="triton")
+model, optimizer = TransformerLM(config), optax.sgd(0.5)
+tokens = jax.random.randint(jax.random.key(0), (2, 65), 0, 64)
+params = model.init(jax.random.key(1), tokens[:, :-1])["params"]
+state = optimizer.init(params)
+
+def loss(params):
+    logits = model.apply({"params": params}, tokens[:, :-1])
+    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+@jax.jit
+def step(params, state):
+    value, grads = jax.value_and_grad(loss)(params)
+    updates, state = optimizer.update(grads, state)
+    return optax.apply_updates(params, updates), state, value
+
+losses = []
+for _ in range(5):
+    params, state, value = step(params, state)
+    losses.append(float(value))
+print(losses)
+assert losses[-1] < losses[0] - 0.05 and "pallas_kernels.triton_lang" in sys.modules
+"""
+
+
+def test_a_model_trains_without_pallas_triton():
+    """What a JAX that has dropped Pallas' Triton backend leaves: "triton" through jax-triton."""
+    done = subprocess.run([sys.executable, "-c", WITHOUT_PALLAS_TRITON], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def bfloat16(key: int, *shape):
