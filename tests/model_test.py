@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import flax.linen as nn
 import jax
@@ -8,6 +9,7 @@ import pytest
 from flax import nnx
 
 from parallax_jax.cache import init_cache
+from parallax_jax.estimators import ESTIMATORS, Solver
 from parallax_jax.model import REMAT_POLICIES, ModelConfig, TransformerLM, segment_positions, unstack_layers
 
 # The dense operator compiles fastest; the tests of rematerialisation take the real one.
@@ -233,7 +235,7 @@ def test_works_through_the_nnx_bridge():
         ("num_layers", 0, "an integer >= 1"),
         ("head_dim", 9, "an even integer up to 256"),
         ("head_dim", 258, "an even integer up to 256"),
-        ("attention", "linear", "one of parallax, softmax"),
+        ("attention", "gated", f"one of {', '.join(ESTIMATORS)}"),
         ("remat", "some", "one of none, full, attention, dots"),
         ("dtype", "float8", "one of float32, bfloat16, float16"),
         ("local_window_size", 0, "None or an integer >= 1"),
@@ -249,3 +251,10 @@ def test_bad_config_names_field_value_and_allowed(field, value, allowed):
     with pytest.raises(ValueError) as error:
         dataclasses.replace(TINY, **{field: value})
     assert str(error.value) == f"{field}={value!r} is not allowed: it must be {allowed}"
+
+
+def test_config_as_json():
+    config = dataclasses.replace(
+        TINY, attention="lla", solver=Solver(ridge=0.5), local_window_size=(3,) * TINY.num_layers
+    )
+    assert ModelConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
