@@ -68,7 +68,6 @@ def train(config: Config, folder: Path, preset: str) -> int:
         stack.enter_context(contextlib.closing(data))
         writer = stack.enter_context(MetricWriter(folder, start) if first else NoMetrics())
         progress = stack.enter_context(Progress(start, config.steps, config.log_interval, quiet=not first))
-        stop = stack.enter_context(StopSignal())
         several = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
         progress.print(
             f"{folder}: {preset}{f' from step {start}' if start else ''}, {record['parameters']:,} parameters on "
@@ -90,40 +89,41 @@ def train(config: Config, folder: Path, preset: str) -> int:
 
         pending, stopped_by = None, 0
         try:
-            for step in range(start + 1, config.steps + 1):
-                if step == config.profile and first:
-                    jax.profiler.start_trace(folder / "trace")
-                state, metrics = train_step(state, device_batch(mesh, next(data), parts))
-                if pending:
-                    report(*pending)
-                pending = step, metrics
-                if step - _TRACED + 1 == config.profile and first:
-                    jax.block_until_ready(metrics)
-                    jax.profiler.stop_trace()
-                stopped_by = stop.after(step)
-                last = step == config.steps or stopped_by > 0
-                look = step % config.eval_interval == 0 and not last
-                save = step % config.checkpoint_interval == 0 or last
-                if look or save:
-                    report(*pending)
-                    pending = None
-                if look:
-                    loss, _ = evaluate(state.params, config.eval_batches)
-                    writer.write(step, validation_loss_part=loss)
-                    if config.diagnose_rows:
-                        describe_attention(step, fetch(state.params))
-                    progress.print(f"step {step}/{config.steps}  validation loss {loss:.4f} on a part of the split")
-                if save:
-                    checkpoints.save(state)
-                if last:
-                    break
+            with StopSignal() as stop:  # until all is saved; what follows may be cut short
+                for step in range(start + 1, config.steps + 1):
+                    if step == config.profile and first:
+                        jax.profiler.start_trace(folder / "trace")
+                    state, metrics = train_step(state, device_batch(mesh, next(data), parts))
+                    if pending:
+                        report(*pending)
+                    pending = step, metrics
+                    if step - _TRACED + 1 == config.profile and first:
+                        jax.block_until_ready(metrics)
+                        jax.profiler.stop_trace()
+                    stopped_by = stop.after(step)
+                    last = step == config.steps or stopped_by > 0
+                    look = step % config.eval_interval == 0 and not last
+                    save = step % config.checkpoint_interval == 0 or last
+                    if look or save:
+                        report(*pending)
+                        pending = None
+                    if look:
+                        loss, _ = evaluate(state.params, config.eval_batches)
+                        writer.write(step, validation_loss_part=loss)
+                        if config.diagnose_rows:
+                            describe_attention(step, fetch(state.params))
+                        progress.print(f"step {step}/{config.steps}  validation loss {loss:.4f} on a part of the split")
+                    if save:
+                        checkpoints.save(state)
+                    if last:
+                        break
+                saved = checkpoints.path(checkpoints.latest)
         except NonFinite as error:
             good = checkpoints.latest
             where = f"the last good checkpoint is {checkpoints.path(good)}" if good else "there is no checkpoint yet"
             progress.print(f"stopped: {error}; {where}; a lower optimizer.learning_rate may help")
             return 1
 
-        saved = checkpoints.path(checkpoints.latest)
         if stopped_by:
             name = signal.Signals(stopped_by).name
             progress.print(f"stopped by {name}; saved {saved}; continue with the same flags and --run-dir {folder}")
@@ -138,8 +138,9 @@ def train(config: Config, folder: Path, preset: str) -> int:
                     describe_attention(config.steps, params)
             save_loss_curve(folder)
             options = (config.seq_len, (config.prompt,), _SAMPLE_TOKENS, DEFAULT_SAMPLING)
-            text = "".join(piece for (piece,) in sample(model, params, corpus.tokenizer, *options))
-            progress.print(f"\n{config.prompt}{text}\n")
+            if model.config.has_cache:
+                text = "".join(piece for (piece,) in sample(model, params, corpus.tokenizer, *options))
+                progress.print(f"\n{config.prompt}{text}\n")
             progress.print(describe(loss, tokens, corpus.record["validation"]))
             progress.print(f"checkpoint {saved}")
         meet()
