@@ -124,6 +124,11 @@ class ModelConfig:
         window = self.local_window_size
         return window if isinstance(window, tuple) else (window,) * self.num_layers
 
+    @property
+    def has_cache(self) -> bool:
+        """Whether the attention can decode from cached keys and values."""
+        return self.attention in ("parallax", "softmax")
+
     def _check(self, name: str, ok: bool, allowed: str):
         if not ok:
             raise ValueError(f"{name}={getattr(self, name)!r} is not allowed: it must be {allowed}")
