@@ -29,7 +29,7 @@ def test_functions_have_the_smoothness_they_are_named_after():
 
 def test_measure_and_report(tmp_path, monkeypatch):
     monkeypatch.setattr(regression, "TASKS", 8)
-    monkeypatch.setattr(regression, "WIDTHS", (0.1, 0.3))
+    monkeypatch.setattr(regression, "WIDTHS", (0.1, 0.3, 1.0))
     monkeypatch.setattr(regression, "SIZES", (64, 128, 256))
     with jax.enable_x64(True):
         rows = [row for n in regression.SIZES for row in regression.measure(1, n)]
