@@ -2,7 +2,7 @@
 PRESET ?= laptop
 FLAGS ?=
 
-.PHONY: train test test-compile test-newest lint venv
+.PHONY: train test test-compile test-triton-lang test-newest lint venv
 train: venv
 	.venv/bin/python -m train $(PRESET) $(FLAGS)
 
@@ -14,6 +14,14 @@ test: venv
 test-compile:
 	@scripts/venv.sh .venv-compile test,compile constraints/tested.txt
 	JAX_PLATFORMS=cpu .venv-compile/bin/python -m pytest -m compile $(FLAGS)
+
+# The kernels in the Triton language, in Triton's interpreter and compiled for three GPUs; triton reads once which it is.
+test-triton-lang:
+	@scripts/venv.sh .venv-triton-lang test,triton-lang constraints/tested.txt
+	JAX_PLATFORMS=cpu TRITON_INTERPRET=1 .venv-triton-lang/bin/python -m pytest -m triton_lang -n 2 \
+		tests/triton_lang_test.py $(FLAGS)
+	JAX_PLATFORMS=cpu .venv-triton-lang/bin/python -m pytest -m triton_lang -n 2 \
+		tests/triton_lang_compile_test.py $(FLAGS)
 
 # The same tests as `make test` under the newest JAX.
 test-newest:

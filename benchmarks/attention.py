@@ -65,9 +65,9 @@ def softmax_peers(workload: workloads.Workload) -> dict:
 def torch_peers(names: list[str]) -> list[dict]:
     """Rows of `benchmarks.torch_peers`, run beside this process so that both frameworks have a GPU to themselves."""
     command = [sys.executable, "-m", "benchmarks.torch_peers", *names]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        print("torch peers not timed:", done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "no output")
+        print("torch peers not timed: exit code", done.returncode)
         return []
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 

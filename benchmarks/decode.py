@@ -167,7 +167,7 @@ def compile_all(shapes: list[Shape], peers: list[str]) -> dict:
         except Exception as error:  # a peer that cannot run this shape costs its column, not the table
             return repr(error)[:200]
 
-    jobs = [(shape, name) for shape in shapes for name in ("triton", "xla", *peers) if name not in TORCH_PEERS]
+    jobs = [(shape, name) for shape in shapes for name in ("triton", "xla", *peers)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip(jobs, pool.map(compiled, jobs), strict=True))
 
@@ -182,18 +182,21 @@ def bench(shape: Shape, peers: list[str], calls: dict, bandwidth: float) -> dict
     row["error"] = float(jnp.linalg.norm(out - expected) / jnp.linalg.norm(expected))
     row["bandwidth_share"] = shape.bytes / time * 1e6 / bandwidth
     for name in peers:
-        if shape.page_size is not None:
-            continue
-        try:
-            if name in TORCH_PEERS:
-                row[name], _ = TORCH_PEERS[name](shape)
-                continue
-            if isinstance(calls[shape, name], str):
-                raise RuntimeError(calls[shape, name])
-            row[name] = min(jax_kernels(call, *args)[0] for call in calls[shape, name])
-        except Exception as error:
-            row[f"{name}_failed"] = repr(error)[:200]
+        found = calls[shape, name]
+        if isinstance(found, str):
+            row[f"{name}_failed"] = found
+        elif found:
+            row[name] = min(jax_kernels(call, *args)[0] for call in found)
     return row
+
+
+def bench_torch(row: dict, shape: Shape, peers: list[str]) -> None:
+    """Adds the times of torch peers to a row."""
+    for name in peers if shape.page_size is None else ():
+        try:
+            row[name], _ = TORCH_PEERS[name](shape)
+        except Exception as error:  # a peer that cannot run this shape costs its column, not the table
+            row[f"{name}_failed"] = repr(error)[:200]
 
 
 def show(row: dict) -> None:
@@ -257,10 +260,13 @@ def main() -> None:
         if shape.bytes > limit:
             print(f"{shape}: skipped, its keys and values take {shape.bytes / 2**30:.0f} GiB")
     shapes = [shape for shape in shapes if shape.bytes <= limit]
-    calls, rows = compile_all(shapes, args.peers), []
-    for shape in shapes:
-        rows.append(bench(shape, args.peers, calls, bandwidth))
-        show(rows[-1])
+    jax_peers, torch_peers = ([name for name in args.peers if name in peers] for peers in (JAX_PEERS, TORCH_PEERS))
+    calls = compile_all(shapes, jax_peers)
+    # All of JAX first: once torch's profiler has started, JAX's cannot.
+    rows = [bench(shape, jax_peers, calls, bandwidth) for shape in shapes]
+    for shape, row in zip(shapes, rows, strict=True):
+        bench_torch(row, shape, torch_peers)
+        show(row)
     for name in PEERS:
         ratios = [row[name] / row["us"] for row in rows if name in row]
         if ratios:

@@ -158,6 +158,7 @@ def main() -> None:
     command = [sys.executable, "-m", "benchmarks.torch_peers", *names, "--compile-tile"]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(lambda i: subprocess.run([*command, str(i)], capture_output=True), range(len(TILES))))
+    print("compiled", file=sys.stderr, flush=True)
     for name in names:
         workload = workloads.BY_NAME[name]
         for peer in options.peers:
