@@ -156,6 +156,7 @@ def write_report(log: Path):
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     about, most = rows[-1], max(row["n"] for row in rows)
     dimensions = sorted({row["d"] for row in rows})
+    commits = "commits " + ", ".join(sorted({str(row["commit"]) for row in rows}))
     softmax, lla = NAMES[1:3]
     pick = lambda d, data, name: [r for r in rows if (r["d"], r["data"], r["estimator"]) == (d, data, name)]
     last = lambda d, data, name: next(r["error"] for r in pick(d, data, name) if r["n"] == most)
@@ -201,8 +202,8 @@ def write_report(log: Path):
         lines.append("")
     page = f"""# Regression: integrated error against the number of keys
 
-`python -m experiments.regression` (commit {about["commit"]}, {about["device"]}, jax {about["jax"]}, float64) made the
-log `regression.jsonl`, `python -m experiments.regression --report` this page. Random functions on [-1, 1]^d, noise of
+`python -m experiments.regression` ({commits}; {about["device"]}, jax {about["jax"]}, float64) made the log
+`regression.jsonl`, `python -m experiments.regression --report` this page. Random functions on [-1, 1]^d, noise of
 standard deviation {NOISE}, {TASKS} tasks of {QUERIES} queries for every number; the bandwidth is chosen for each
 estimator, n and kind of function on {TASKS} other tasks, learned probes are fitted to {TASKS} more. Slopes of log error
 over log n from 128 keys on, with standard errors.
