@@ -13,7 +13,9 @@ def test_slope():
     rng, rows = np.random.default_rng(0), []
     for n in (32, 128, 512, 2048):
         exact = 3.0 * n**-0.8 if n > 32 else 9.0  # the first lies below the least n
-        rows.append({"n": n, "error": exact * np.exp(0.01 * rng.normal()), "standard_error": 0.01 * exact})
+        row = {"n": n, "error": exact * np.exp(0.01 * rng.normal()), "standard_error": 0.01 * exact}
+        rows.append(row | {"width": 0.3, "estimator": "local linear: LLA"})
+    rows.append(rows[-1] | {"error": 1e9, "width": regression.WIDTHS[0]})  # at the edge of the grid: left out
     value, error = regression.slope(rows)
     assert value == pytest.approx(-0.8, abs=4 * error) and 0.001 < error < 0.01
 
