@@ -153,5 +153,5 @@ def test_one_bit_pattern_in_a_thousand_runs(implementation):
         return jnp.stack([jnp.sum(x * w) for x, w in zip(bits, weights, strict=True)])
 
     first = checksums(operands, cotangent)
-    different = sum((checksums(operands, cotangent) != first).any() for _ in range(1000))
+    different = sum(bool((checksums(operands, cotangent) != first).any()) for _ in range(1000))
     assert different == 0
