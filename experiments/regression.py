@@ -168,7 +168,7 @@ def write_report(log: Path):
                 n, error, spread = (np.array([r[x] for r in found]) for x in ("n", "error", "standard_error"))
                 axes.errorbar(n, error, spread, marker=".", label=f"{name} ({slope(found)[0]:.2f})")
             axes.set(xscale="log", yscale="log", xlabel="keys", title=f"{data}, d = {d}")
-            axes.set_ylim(axes.get_ylim()[0] / 3, axes.get_ylim()[1])
+            axes.set_ylim(axes.get_ylim()[0] / 8, axes.get_ylim()[1])
             axes.legend(fontsize=7, title="slope from 128 keys on", title_fontsize=7, loc="lower left")
             axes.grid(alpha=0.3)
         line[0].set_ylabel("integrated squared error")
