@@ -10,10 +10,11 @@ train: venv
 test: venv
 	.venv/bin/python -m pytest -n 2 $(FLAGS)
 
-# Compiles for GPUs and TPUs that are not there, in an environment that holds their compilers.
+# Compiles for GPUs and TPUs that are not there, in an environment that holds their compilers. Whole files go to a
+# process: two cannot load the TPU's compiler.
 test-compile:
 	@scripts/venv.sh .venv-compile test,compile constraints/tested.txt
-	JAX_PLATFORMS=cpu .venv-compile/bin/python -m pytest -m compile $(FLAGS)
+	JAX_PLATFORMS=cpu .venv-compile/bin/python -m pytest -m compile -n 2 --dist loadfile $(FLAGS)
 
 # The kernels in the Triton language, in Triton's interpreter and compiled for three GPUs; triton reads once which it is.
 test-triton-lang:

@@ -19,10 +19,8 @@ from train.state import AXES, abstract_state, batch_sharding, make_train_step
 @pytest.mark.parametrize(
     ("implementation", "sizes"),
     [
-        ("xla", (1, 1, 1, 1)),
         ("xla", (2, 2, 1, 2)),
         ("triton", (1, 2, 2, 2)),
-        ("mosaic_gpu", (1, 1, 2, 1)),
         ("mosaic_gpu", (1, 1, 2, 4)),
     ],
 )
