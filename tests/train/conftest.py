@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import jax
@@ -15,9 +16,11 @@ from train.loop import train as run_training
 
 @pytest.fixture(scope="session", autouse=True)
 def caches(tmp_path_factory):
-    """Folders outside the checkout for token files and compiled programs; subprocesses inherit the latter."""
-    folder = tmp_path_factory.mktemp("caches")
-    settings = {"jax_compilation_cache_dir": str(folder), "jax_persistent_cache_min_compile_time_secs": 0.0}
+    """Folders outside the checkout for token files and compiled programs; subprocesses and pytest's workers share the
+    latter."""
+    folder, base = tmp_path_factory.mktemp("caches"), tmp_path_factory.getbasetemp()
+    programs = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "programs"
+    settings = {"jax_compilation_cache_dir": str(programs), "jax_persistent_cache_min_compile_time_secs": 0.0}
     old = {name: getattr(jax.config, name) for name in settings}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train.data, "_CACHE", folder / "corpora")
