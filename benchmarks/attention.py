@@ -79,8 +79,13 @@ def compiled(attention, workload: workloads.Workload, num_operands: int):
     try:
         forward = jax.jit(attention).lower(*operands).compile()
         return forward, jax.jit(timing.with_gradients(attention)).lower(operands, cotangent).compile()
-    except Exception as error:  # a peer may fail in any way; the table says how
-        return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    except Exception as error:  # a peer may fail in any way, here or when it runs; the table says how
+        return reason(error)
+
+
+def reason(error: Exception) -> str:
+    """The error in a line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def time_row(executables, workload: workloads.Workload, operands, cotangent, products: tuple[int, int]) -> dict:
@@ -88,10 +93,13 @@ def time_row(executables, workload: workloads.Workload, operands, cotangent, pro
     if isinstance(executables, str):
         return {"error": executables}
     forward, total = executables
-    row = {
-        "forward_ms": timing.milliseconds(forward, *operands),
-        "total_ms": timing.milliseconds(total, operands, cotangent),
-    }
+    try:
+        row = {
+            "forward_ms": timing.milliseconds(forward, *operands),
+            "total_ms": timing.milliseconds(total, operands, cotangent),
+        }
+    except Exception as error:
+        return {"error": reason(error)}
     return row | rates(row, workload, products)
 
 

@@ -183,10 +183,13 @@ def bench(shape: Shape, peers: list[str], calls: dict, bandwidth: float) -> dict
     row["bandwidth_share"] = shape.bytes / time * 1e6 / bandwidth
     for name in peers:
         found = calls[shape, name]
-        if isinstance(found, str):
-            row[f"{name}_failed"] = found
-        elif found:
-            row[name] = min(jax_kernels(call, *args)[0] for call in found)
+        try:
+            if isinstance(found, str):
+                raise RuntimeError(found)
+            if found:
+                row[name] = min(jax_kernels(call, *args)[0] for call in found)
+        except Exception as error:  # a peer that cannot run this shape costs its column, not the table
+            row[f"{name}_failed"] = repr(error)[:200]
     return row
 
 
@@ -195,7 +198,7 @@ def bench_torch(row: dict, shape: Shape, peers: list[str]) -> None:
     for name in peers if shape.page_size is None else ():
         try:
             row[name], _ = TORCH_PEERS[name](shape)
-        except Exception as error:  # a peer that cannot run this shape costs its column, not the table
+        except Exception as error:
             row[f"{name}_failed"] = repr(error)[:200]
 
 

@@ -37,8 +37,8 @@ class TritonPass:
 
 
 @dataclasses.dataclass(frozen=True)
-class TritonBlockSizes:
-    """Launches of the "triton" implementation.
+class _TritonPasses:
+    """Launches of a route of the "triton" implementation; which class names them decides the route.
 
     Attributes:
       forward: the forward pass.
@@ -51,19 +51,12 @@ class TritonBlockSizes:
     columns: TritonPass
 
 
-@dataclasses.dataclass(frozen=True)
-class TritonLangBlockSizes:
-    """Launches of the "triton" implementation's kernels in the Triton language; naming them takes this route.
+class TritonBlockSizes(_TritonPasses):
+    """Launches of the "triton" implementation's kernels in Pallas: forward, rows, columns."""
 
-    Attributes:
-      forward: the forward pass.
-      rows: the backward pass over query rows (dquery, dprobe).
-      columns: the backward pass over keys (dkey, dvalue).
-    """
 
-    forward: TritonPass
-    rows: TritonPass
-    columns: TritonPass
+class TritonLangBlockSizes(_TritonPasses):
+    """Launches of the "triton" implementation's kernels in the Triton language: forward, rows, columns."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +80,8 @@ class MosaicGpuBlockSizes:
 
 
 @dataclasses.dataclass(frozen=True)
-class TritonDecodeBlockSizes:
-    """Launch of the "triton" implementation of decode.
+class _TritonDecode:
+    """Launch of decode by a route of the "triton" implementation; which class names it decides the route.
 
     Attributes:
       block_k: keys in a tile, a power of two >= 16; a page holds whole tiles, so paged caches may take a smaller one.
@@ -103,21 +96,12 @@ class TritonDecodeBlockSizes:
     num_stages: int
 
 
-@dataclasses.dataclass(frozen=True)
-class TritonLangDecodeBlockSizes:
-    """Launch of decode's kernels in the Triton language: the fields of `TritonDecodeBlockSizes`.
+class TritonDecodeBlockSizes(_TritonDecode):
+    """Launch of decode's kernels in Pallas: block_k, num_splits, num_warps, num_stages."""
 
-    Attributes:
-      block_k: keys in a tile, a power of two >= 16; a page holds whole tiles, so paged caches may take a smaller one.
-      num_splits: programs that share the keys of one kv head, a power of two.
-      num_warps: warps of a program.
-      num_stages: depth of the software pipeline along the loop.
-    """
 
-    block_k: int
-    num_splits: int
-    num_warps: int
-    num_stages: int
+class TritonLangDecodeBlockSizes(_TritonDecode):
+    """Launch of decode's kernels in the Triton language: block_k, num_splits, num_warps, num_stages."""
 
 
 @dataclasses.dataclass(frozen=True)

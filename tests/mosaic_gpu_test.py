@@ -2,11 +2,13 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from pallas_kernels import blocks, mosaic_gpu
 from pallas_kernels.block_sizes import MosaicGpuBlockSizes, XlaBlockSizes
+from pallas_kernels.mosaic_gpu import common
 from parallax_jax import attention, compare
 from parallax_jax.workloads import BY_NAME, Workload
 
@@ -55,6 +57,23 @@ def test_lowers_for_cuda(name, dtype):
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("custom_call @mosaic_gpu") == len(KERNELS)
     assert all(kernel in text for kernel in KERNELS)
+
+
+@pytest.mark.parametrize(
+    ("mask", "seen"),
+    [
+        (blocks.Mask(jnp.int32(4)), [11]),
+        (blocks.Mask(jnp.int32(4), lengths=jnp.asarray([3, 20], jnp.int32)), [3, 11]),
+        (blocks.Mask(jnp.int32(4), is_causal=False), [20]),
+        (blocks.Mask(jnp.int32(13), end_aligned=True), [20]),
+    ],
+)
+def test_keys_that_no_query_sees_are_zero(mask, seen):
+    """Whatever they hold: a weight of 0 times NaN would be NaN."""
+    key = jnp.full((2, 20, 1, 2), jnp.nan)
+    (hidden,) = common.Masks(mask, num_queries=7, num_keys=20).hide_padding(key)
+    expected = np.where(np.arange(20) < np.reshape(seen, (-1, 1)), np.nan, 0.0)[..., None, None]
+    np.testing.assert_array_equal(hidden, np.broadcast_to(expected, key.shape))
 
 
 def test_ring_must_fit_shared_memory():
