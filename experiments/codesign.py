@@ -17,10 +17,14 @@ import argparse
 import dataclasses
 import functools
 import json
+import os
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
+
+# Read when the GPU backend starts: cuDNN's attention cannot be recorded into a graph while other threads use the GPU.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="
 
 import flax.linen as nn
 import jax
@@ -36,7 +40,7 @@ from train.optimizer import group_of, make_optimizer
 
 LOG = Path(__file__).parents[1] / "docs" / "results" / "codesign.jsonl"
 VOCAB, WARMUP, DECAY = 257, 20, 0.2
-RATES = {"muon": (5e-3, 1e-2, 2e-2, 4e-2), "adamw": (5e-4, 1e-3, 2e-3, 4e-3)}
+RATES = {"muon": (1e-2, 2e-2, 4e-2, 8e-2), "adamw": (1e-3, 2e-3, 4e-3, 8e-3)}
 OTHER_RATES = {"embedding": 1.5e-3, "norm": 3e-4}  # the same for both optimizers
 LOOKS = 4  # evenly spaced moments at which a run's attention and weights are described
 
@@ -309,7 +313,7 @@ def main():
     parser.add_argument("--optimizers", nargs="+", default=list(RATES), choices=RATES)
     parser.add_argument("--rates", nargs="+", type=float, help="of the sweep; default: the optimizer's")
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--sweep-steps", type=int, default=150)
+    parser.add_argument("--sweep-steps", type=int, default=100)
     parser.add_argument("--chunk", type=int, default=50, help="updates in a call; divides both numbers of steps")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--data", default="site-packages", help="as in python -m train")
