@@ -3,7 +3,8 @@
 Looks for parallax-kernel and flash-linear-attention; softmax attention comes from torch itself. Times are sums of
 kernel times from torch's profiler. Only plain causal workloads run: the published window is wrong at tile borders.
 For workloads of `workloads.ACCURACY` the row holds errors against float64 instead, on this project's own inputs.
-The published kernels are compiled first, one process a tile, into Triton's cache: one after another takes minutes.
+The published kernels are compiled first, one process a tile and workload, into Triton's cache: one after another takes
+minutes.
 """
 
 import argparse
@@ -128,14 +129,13 @@ def runs(workload: workloads.Workload) -> bool:
     return not (workload.window or workload.segments or workload.keys) and workload.is_causal
 
 
-def compile_tile(names: list[str], index: int) -> None:
+def compile_tile(name: str, index: int) -> None:
     """Fills Triton's cache with the published kernels of one tile."""
     attention, _ = published_triton(TILES[index : index + 1])
-    for name in names:
-        shapes = [(b, h, t, d) for b, t, h, d in workloads.BY_NAME[name].shapes]
-        operands = [torch.randn(x, device="cuda", dtype=torch.bfloat16, requires_grad=True) for x in shapes]
-        with contextlib.suppress(Exception):  # a tile that does not fit; the autotuner passes it over, too
-            attention(*operands).sum().backward()
+    shapes = [(b, h, t, d) for b, t, h, d in workloads.BY_NAME[name].shapes]
+    operands = [torch.randn(x, device="cuda", dtype=torch.bfloat16, requires_grad=True) for x in shapes]
+    with contextlib.suppress(Exception):  # a tile that does not fit; the autotuner passes it over, too
+        attention(*operands).sum().backward()
 
 
 def main() -> None:
@@ -153,11 +153,12 @@ def main() -> None:
     torch.manual_seed(0)
     names = [name for name in options.workloads if runs(workloads.BY_NAME[name])]
     if options.compile_tile is not None:
-        compile_tile(names, options.compile_tile)
+        compile_tile(*names, options.compile_tile)
         return
-    command = [sys.executable, "-m", "benchmarks.torch_peers", *names, "--compile-tile"]
+    command = [sys.executable, "-m", "benchmarks.torch_peers", "--compile-tile"]
+    jobs = [[*command, str(i), name] for name in names for i in range(len(TILES))]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda i: subprocess.run([*command, str(i)], capture_output=True), range(len(TILES))))
+        list(pool.map(lambda job: subprocess.run(job, capture_output=True), jobs))
     print("compiled", file=sys.stderr, flush=True)
     for name in names:
         workload = workloads.BY_NAME[name]
