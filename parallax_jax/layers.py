@@ -15,6 +15,7 @@ from pallas_kernels.blocks import Mask
 from parallax_jax.attention import parallax_attention
 from parallax_jax.cache import KVCache
 from parallax_jax.estimators import DEFAULT_SOLVER, ESTIMATORS, Solver, local_estimator
+from parallax_jax.norm import Rotation, apply_rope, residual_norm, rms_norm, rotary_embedding
 from parallax_jax.sharding import attend_per_device, splits_sequence
 
 INIT_STD = 0.02
@@ -84,53 +85,22 @@ class RMSNorm(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*B D"], rotation: "Rotation | None" = None) -> Float[Array, "*B D"]:
+    def __call__(self, x: Float[Array, "*B D"], rotation: Rotation | None = None) -> Float[Array, "*B D"]:
         """Returns `x / rms(x) * scale`, rotated where there is a rotation, in the dtype of `x`."""
+        return rms_norm(x, self._scale(x), self.epsilon, rotation)
+
+    def _scale(self, x):
         init = nn.with_logical_partitioning(nn.initializers.constant(self.scale_init), ("norm",))
-        return _rms_norm(x, self.param("scale", init, x.shape[-1:], self.param_dtype), rotation, self.epsilon)
+        return self.param("scale", init, x.shape[-1:], self.param_dtype)
 
 
-Rotation = tuple[Float[Array, "#B T 1 H"], Float[Array, "#B T 1 H"]]
-# What a backward pass needs of these functions is recomputed from their inputs: the float32 values between are twice
-# the size of those, and cost less to compute again than to keep.
-_recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
+class ResidualNorm(RMSNorm):
+    """`RMSNorm` of the residual stream after a branch is added to it: one pass over memory, backward too."""
 
-
-@functools.partial(_recomputed, static_argnums=3)
-def _rms_norm(x, scale, rotation, epsilon):
-    y = x.astype(jnp.float32)
-    y *= (jnp.mean(y * y, axis=-1, keepdims=True) + epsilon) ** -0.5
-    y *= scale.astype(jnp.float32)
-    return (y if rotation is None else _rotate(y, rotation)).astype(x.dtype)
-
-
-def rotary_embedding(positions: Int[Array, "#B T"], head_dim: int, theta: float) -> Rotation:
-    """Rotary position embedding, rotate-half form: dimension i turns with i + H/2 by `position * theta^(-2i/H)`.
-
-    Args:
-      positions: int32 position of each token.
-      head_dim: H, even.
-      theta: base of the frequencies.
-
-    Returns:
-      float32 factors of a dimension and of its partner, for `apply_rope`.
-    """
-    half = head_dim // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions[..., None, None].astype(jnp.float32) * frequency
-    sin, cos = jnp.sin(angle), jnp.cos(angle)
-    return jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1)
-
-
-@_recomputed
-def apply_rope(x: Float[Array, "B T N H"], rotation: Rotation) -> Float[Array, "B T N H"]:
-    """Rotates `x` in float32; the result has its dtype."""
-    return _rotate(x.astype(jnp.float32), rotation).astype(x.dtype)
-
-
-def _rotate(x, rotation):
-    own, partner = rotation
-    return x * own + jnp.roll(x, x.shape[-1] // 2, -1) * partner
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B D"], branch: Float[Array, "*B D"] | None = None) -> tuple[Array, Array]:
+        """Returns `x + branch`, or `x` without a branch, and the norm of that."""
+        return residual_norm(x, branch, self._scale(x), self.epsilon)
 
 
 def cudnn_runs(query: Array, segment_ids: Array | None, *, implementation: str | None, **_) -> bool:

@@ -1,6 +1,7 @@
 """A Qwen3-style decoder language model with Parallax or softmax attention."""
 
 import dataclasses
+import functools
 from typing import Literal
 
 import flax.linen as nn
@@ -11,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from parallax_jax.attention import RESIDUAL_NAMES
 from parallax_jax.cache import KVCache
 from parallax_jax.estimators import DEFAULT_SOLVER, ESTIMATORS, Solver
-from parallax_jax.layers import INIT_STD, ParallaxAttention, RMSNorm, SwiGLU, kernel_init
+from parallax_jax.layers import INIT_STD, ParallaxAttention, ResidualNorm, RMSNorm, SwiGLU, kernel_init
 from parallax_jax.sharding import constrain, embed_per_device
 
 _policies = jax.checkpoint_policies
@@ -160,7 +161,8 @@ class Block(nn.Module):
         dtypes = {"dtype": jnp.dtype(c.dtype), "param_dtype": jnp.dtype(c.param_dtype)}
         # 2 num_layers branches add to the stream; this keeps its variance independent of depth at the start.
         shared = {"out_init_std": INIT_STD / (2 * c.num_layers) ** 0.5, **dtypes}
-        h = RMSNorm(c.norm_eps, param_dtype=dtypes["param_dtype"], name="attention_norm")(x)
+        norm = functools.partial(ResidualNorm, c.norm_eps, param_dtype=dtypes["param_dtype"])
+        x, h = norm(name="attention_norm")(x)
         attended, cache = ParallaxAttention(
             c.num_heads,
             c.num_kv_heads,
@@ -180,8 +182,7 @@ class Block(nn.Module):
             name="attention",
             **shared,
         )(h, positions, segment_ids, cache, num_new)
-        x += attended
-        h = RMSNorm(c.norm_eps, param_dtype=dtypes["param_dtype"], name="mlp_norm")(x)
+        x, h = norm(name="mlp_norm")(x, attended)
         x += SwiGLU(c.mlp_width, c.use_bias is True, name="mlp", **shared)(h)
         x = constrain(x, "batch", "sequence" if cache is None else None, None)
         return x, None if cache is None else (cache.key, cache.value)

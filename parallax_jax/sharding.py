@@ -210,6 +210,47 @@ def write_per_device(write: Callable, cache, new, position):
     return _shard_map(mesh, write, (rows, rows, P(batch)), rows)(cache, new, position)
 
 
+def rows_of_device(x) -> jax.ShapeDtypeStruct | None:
+    """A device's part of rows to be normed (B, T, N, H); None where their tokens do not divide."""
+    mesh = _mesh(x)
+    if not _free(mesh):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype)
+    counts = [_count(mesh, axes) for axes in _row_axes(mesh, x)]
+    if x.shape[1] % counts[1]:
+        return None
+    shape = [size // count for size, count in zip(x.shape, counts, strict=False)]
+    return jax.ShapeDtypeStruct((*shape, x.shape[3]), x.dtype)
+
+
+def norm_per_device(norm: Callable, x, scale, rotation, *others, sums: bool = False):
+    """`norm(x, scale, rotation, *others)` by each device on its rows, `rows_of_device`: a pair of results.
+
+    They are rows, as `others` are; with `sums` the second is a sum over rows, and is added up over devices.
+    """
+    mesh = _mesh(x)
+    if not _free(mesh):
+        return norm(x, scale, rotation, *others)
+    axes = _row_axes(mesh, x)
+    rows, used = P(*axes), tuple(itertools.chain(*axes))
+
+    def local(*operands):
+        first, second = norm(*operands)
+        return first, lax.psum(second, used) if sums else second
+
+    table = None
+    if rotation is not None:
+        table = (P(axes[0] if rotation[0].shape[0] > 1 else None, axes[1]),) * 2
+    in_specs = (rows, P(), table, *(None if y is None else rows for y in others))
+    out_specs = rows, P() if sums else rows
+    return _shard_map(mesh, local, in_specs, out_specs)(x, scale, rotation, *others)
+
+
+def _row_axes(mesh, x) -> tuple[tuple[str, ...], ...]:
+    """The axes that split batch, sequence and heads of rows to be normed."""
+    batch, sequence, heads = _axes_of(mesh, x)
+    return tuple(batch), tuple(sequence), tuple(_divide(mesh, heads, x.shape[2]))
+
+
 def _mesh(x):
     """The ambient mesh, or that of an array with explicit axes."""
     mesh = jax.sharding.get_abstract_mesh()
