@@ -57,7 +57,7 @@ class KVCache:
     def grown(self, num_tokens: int, num_new: Int[Array, " B"] | None = None) -> Int[Array, " B"]:
         """Lengths after `num_tokens` more, `num_new` of them real; ValueError where they are known not to fit."""
         lengths = self.lengths + (num_tokens if num_new is None else num_new)
-        if not isinstance(lengths, jax.core.Tracer) and lengths.max() > self.capacity:
+        if not isinstance(lengths, jax.core.Tracer) and int(lengths.max()) > self.capacity:
             raise ValueError(f"cache: has room for {self.capacity} tokens of a sequence, got {lengths.max()}")
         return lengths
 

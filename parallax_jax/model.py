@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from parallax_jax import step
 from parallax_jax.attention import RESIDUAL_NAMES
 from parallax_jax.cache import KVCache
 from parallax_jax.estimators import DEFAULT_SOLVER, ESTIMATORS, Solver
@@ -262,7 +263,9 @@ class TransformerLM(nn.Module):
             return self.final_norm(x)
         lengths = cache.grown(tokens.shape[1], num_new)
         shared = dataclasses.replace(cache, key=None, value=None)
-        if self.config.scan_layers:
+        if step.runs(self.config, tokens, cache):
+            x, key, value = step.layers(self.config, self.variables["params"], x, positions, cache, num_new)
+        elif self.config.scan_layers:
             x, (key, value) = self.layers(x, positions, segment_ids, shared, num_new, (cache.key, cache.value))
         else:
             pairs = []

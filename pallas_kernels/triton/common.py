@@ -172,3 +172,13 @@ def work_item(pid, heads: int, num_blocks: int, group: int):
 def grid_size(*sizes: int) -> tuple[int]:
     """A one-axis grid: CUDA bounds only the first axis by 2^31 - 1."""
     return (math.prod(sizes),)
+
+
+def release_next(x: jax.Array) -> jax.Array:
+    """`x`, float32; from its first use on the next kernel may take its place on the device and wait there.
+
+    XLA launches Triton kernels as programmatic dependents: each waits for the whole of the one before at its start.
+    """
+    asm = "griddepcontrol.launch_dependents; mov.f32 $0, $1;"
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return plt.elementwise_inline_asm(asm, args=[x], constraints="=f,f", pack=1, result_shape_dtypes=[shape])[0]

@@ -2,6 +2,9 @@
 
 Time is the reading of keys and values, once: all query rows of a kv head's group share each tile, with their probes.
 Every program takes an equal share of the keys that its own sequence has, so ragged lengths stay balanced.
+
+`append` is a step of generation in one kernel: it norms and rotates what the projections left, writes the new key and
+value, attends, and the last program of a head to finish merges the splits, always in the same order.
 """
 
 import dataclasses
@@ -19,6 +22,32 @@ from pallas_kernels.triton import common
 
 MAX_QUERIES = 16  # more new tokens than this are a prefill: the forward kernel's work
 ROW_BYTES = 16384  # of queries that a program holds; larger groups are cut into blocks of rows
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["key", "value", "gains", "rotations"],
+    meta_fields=["epsilon", "ring"],
+)
+@dataclasses.dataclass(frozen=True)
+class Fresh:
+    """One new token per sequence as the projections leave it, for `append`.
+
+    Attributes:
+      key: (B, 1, K, H), neither normed nor rotated, as are query and probe.
+      value: (B, 1, K, Hv).
+      gains: (H,) gain of the RMS norm of query, probe and key, None where there is no norm.
+      rotations: for query, probe and key None or the factors (B, H), float32, of a dimension and of its partner.
+      epsilon: of the norms.
+      ring: key s sits in row s % S of the cache, which holds the window and no more.
+    """
+
+    key: jax.Array
+    value: jax.Array
+    gains: tuple
+    rotations: tuple
+    epsilon: float
+    ring: bool
 
 
 def unsupported(query, probe, key, value, mask, page_table, *, scale, block_sizes) -> str | None:
@@ -39,9 +68,32 @@ def decode(query, probe, key, value, mask: blocks.Mask, page_table, *, scale, bl
     if query.shape[1] > MAX_QUERIES:
         return _prefill(query, probe, key, value, mask, page_table, scale=scale)
     config = block_sizes or heuristic(query, key, value, mask, page_table)
-    return device.run(
-        functools.partial(_decode, scale=scale, config=config), query, probe, key, value, mask, page_table
-    )
+    call = functools.partial(_decode, scale=scale, config=config)
+    return device.run(call, query, probe, key, value, None, mask, page_table, None)
+
+
+def append(query, probe, key, value, counters, mask: blocks.Mask, page_table, fresh: Fresh, *, scale, block_sizes=None):
+    """Writes each sequence's new token to its cache and attends from it.
+
+    Args:
+      query: (B, 1, N, H), neither normed nor rotated.
+      probe: (B, 1, N, H), likewise; None for softmax attention.
+      key: the cache's keys, as `parallax_decode` takes them.
+      value: its values.
+      counters: int32, B times the query heads or more of them, all zero; they come back zero.
+      mask: `offset` (B,) is the sequences' lengths so far, `lengths` (B,) those with the new token; where they are the
+        same there is none. A window, unless the cache is a ring.
+      page_table: as in `parallax_decode`.
+      fresh: the new keys and values, and what is to be done to them.
+      scale: factor on query . key.
+      block_sizes: the launch; None for the default.
+
+    Returns:
+      The output (B, 1, N, Hv), key, value and counters. A token without a place in the cache is written nowhere.
+    """
+    config = block_sizes or heuristic(query, key, value, mask, page_table)
+    call = functools.partial(_decode, scale=scale, config=config)
+    return device.run(call, query, probe, key, value, counters, mask, page_table, fresh)
 
 
 def heuristic(query, key, value, mask: blocks.Mask, page_table) -> TritonDecodeBlockSizes:
@@ -132,7 +184,78 @@ def _unstack(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.sum(jnp.where(first, x, 0.0), axis=0), jnp.sum(jnp.where(first, 0.0, x), axis=0)
 
 
-def _kernel(q_ref, r_ref, k_ref, v_ref, mask, pages_ref, *out_refs, config, scale, rows: _Rows):
+def _turned(ref, gain_ref, rotation, epsilon, b, heads, columns, inside):
+    """Rows of token 0 of `heads`, normed and rotated."""
+    width = ref.shape[3]
+    load = lambda columns: plt.load(ref.at[b, heads * 0, heads, columns], mask=inside, other=0.0).astype(jnp.float32)
+    factor = lambda ref, columns: plt.load(ref.at[columns], mask=inside, other=0.0).astype(jnp.float32)
+    partners = _divmod(columns + width // 2, width)[1]
+    x, y = load(columns), load(partners)
+    if gain_ref is not None:
+        inverse = tiles.spread((jnp.sum(x * x, axis=1) / width + epsilon) ** -0.5, x)
+        x, y = (z * inverse * factor(gain_ref, at) for z, at in ((x, columns), (y, partners)))
+    if rotation is not None:
+        own, partner = (plt.load(ref.at[b, columns], mask=inside, other=0.0) for ref in rotation)
+        x = x * own + y * partner
+    return x.astype(ref.dtype)
+
+
+@dataclasses.dataclass
+class _New:
+    """The new token of one kv head in one program.
+
+    Attributes:
+      key: (16, padded H) tile whose row 0 is the key, normed and rotated.
+      value: (16, padded Hv) tile whose row 0 is the value.
+      is_new: whether there is one.
+      sequence: sequence or page of the cache in which it belongs.
+      row: its row there.
+      has_place: whether there is such a place.
+    """
+
+    key: jax.Array
+    value: jax.Array
+    is_new: jax.Array
+    sequence: jax.Array
+    row: jax.Array
+    has_place: jax.Array
+
+    @classmethod
+    def read(cls, k_ref, fresh: Fresh, pages_ref, b, kv, *, is_new, offset):
+        """Loads it and looks up its place."""
+        num_pages, page_size = k_ref.shape[:2]
+        if fresh.ring:
+            place = b, _divmod(offset, page_size)[1], is_new
+        elif pages_ref is None:
+            place = b, offset, is_new & (offset < page_size)
+        else:
+            number, row = _divmod(offset, page_size)
+            page = pages_ref[b, jnp.minimum(number, pages_ref.shape[1] - 1)]
+            place = page, row, is_new & (number < pages_ref.shape[1]) & (page >= 0) & (page < num_pages)
+        heads, columns, inside = cls._tile(kv, fresh.key.shape[3])
+        key = _turned(fresh.key, fresh.gains[2], fresh.rotations[2], fresh.epsilon, b, heads, columns, inside)
+        heads, columns, inside = cls._tile(kv, fresh.value.shape[3])
+        value = plt.load(fresh.value.at[b, heads * 0, heads, columns], mask=inside, other=0.0)
+        return cls(key, value, is_new, *place)
+
+    @staticmethod
+    def _tile(kv, width: int):
+        """Head and column of each element, and which are there."""
+        shape = (16, common.padded(width))
+        column = lax.broadcasted_iota(jnp.int32, shape, 1)
+        return kv + column * 0, column, (lax.broadcasted_iota(jnp.int32, shape, 0) == 0) & (column < width)
+
+    def store(self, key_ref, value_ref, kv, here):
+        """Writes it to the cache, where `here` says that this program does."""
+        for ref, x in ((key_ref, self.key), (value_ref, self.value)):
+            heads, columns, inside = self._tile(kv, ref.shape[3])
+            rows = self.row + lax.broadcasted_iota(jnp.int32, x.shape, 0)
+            plt.store(ref.at[self.sequence, rows, heads, columns], x, mask=inside & (here & self.has_place))
+
+
+def _kernel(
+    q_ref, r_ref, k_ref, v_ref, counters, mask, pages_ref, fresh, *out_refs, config, scale, rows: _Rows, interpret: bool
+):
     num_queries = q_ref.shape[1]
     num_pages, page_size, num_kv_heads, value_dim = v_ref.shape
     num_keys = page_size if pages_ref is None else pages_ref.shape[1] * page_size
@@ -145,28 +268,39 @@ def _kernel(q_ref, r_ref, k_ref, v_ref, mask, pages_ref, *out_refs, config, scal
     token, head = rows.read(row, kv)
     precision = tiles.dot_precision(q_ref.dtype)
     dot = functools.partial(common.dot, precision=precision)
+
+    def read(tokens, heads, columns, inside_q, inside_r):
+        """Tiles of queries and probes."""
+        if fresh is None:
+            load = lambda ref, inside: plt.load(ref.at[b, tokens, heads, columns], mask=inside, other=0.0)
+            return load(q_ref, inside_q), load(r_ref, inside_r)
+        turned = lambda i, ref, inside: _turned(
+            ref, fresh.gains[i], fresh.rotations[i], fresh.epsilon, b, heads, columns, inside
+        )
+        q = turned(0, q_ref, inside_q)
+        return q, jnp.zeros_like(q) if r_ref is None else turned(1, r_ref, inside_r)
+
     if rows.size == 8:
         # Rows 0 to 7 of one tile are queries, the others their probes: each product with keys or values is one.
         both = jnp.arange(16)
         each = lax.rem(both, 8)
         half, tokens, heads, columns, inside = rows.spread(q_ref.shape[3], each, *rows.read(each, kv))
         is_query = lax.broadcast_in_dim(both < 8, half.shape, (0,))
-        masks = (inside & is_query, inside & ~is_query)
-        q, r = (
-            plt.load(ref.at[b, tokens, heads, columns], mask=mask, other=0.0)
-            for ref, mask in zip((q_ref, r_ref), masks, strict=True)
-        )
+        q, r = read(tokens, heads, columns, inside & is_query, inside & ~is_query)
         qr = q + r
         scores = lambda k: _unstack(dot(qr, k))
         times_value = lambda p, p2, v: _unstack(dot(_stack(p, p2).astype(v.dtype), v))
     else:
         _, tokens, heads, columns, inside = rows.spread(q_ref.shape[3], row, token, head)
-        q, r = (plt.load(ref.at[b, tokens, heads, columns], mask=inside, other=0.0) for ref in (q_ref, r_ref))
+        q, r = read(tokens, heads, columns, inside, inside)
         scores = lambda k: (dot(q, k), dot(r, k))
         times_value = lambda p, p2, v: (dot(p.astype(v.dtype), v), dot(p2.astype(v.dtype), v))
 
     length = jnp.minimum(mask.lengths[b], num_keys)
     offset = (length - num_queries) if mask.offset is None else mask.offset[b]
+    if fresh is not None:
+        length = jnp.minimum(offset, num_keys)  # what the cache holds: the new key is at hand
+        new = _New.read(k_ref, fresh, pages_ref, b, kv, is_new=mask.lengths[b] > offset, offset=offset)
     sight = {"offset": offset, "length": length, "is_causal": True, "window": mask.window}
     first_token, _ = _divmod(block * rows.size, rows.group)
     num_tokens = num_queries if rows.blocks == 1 else pl.cdiv(rows.size, rows.group) + 1
@@ -174,6 +308,11 @@ def _kernel(q_ref, r_ref, k_ref, v_ref, mask, pages_ref, *out_refs, config, scal
     end = blocks.visible_end(offset, num_queries, length, True)
     share, _ = _divmod(bounds.last - bounds.first + config.num_splits - 1, config.num_splits)
     start = bounds.first + split * share
+
+    def absorb(state, k, v, visible):
+        state, p, p2 = tiles.weigh(state, *scores(k), scale * tiles.LOG2_E, visible)
+        pv, p2v = times_value(p, p2, v)
+        return state._replace(o1=state.o1 + pv, o2=state.o2 + p2v)
 
     def page_of(j):
         page, _ = _divmod(j * config.block_k, page_size)
@@ -193,15 +332,25 @@ def _kernel(q_ref, r_ref, k_ref, v_ref, mask, pages_ref, *out_refs, config, scal
             num_queries=None,
             **sight,
         )
-        state, p, p2 = tiles.weigh(state, *scores(k), scale * tiles.LOG2_E, visible)
-        pv, p2v = times_value(p, p2, v)
+        if fresh is not None and fresh.ring:
+            visible &= key + lax.broadcasted_iota(jnp.int32, shape, 1) != new.row  # it left the window
         # The next page is looked up a tile ahead: loads that wait for a load cannot be pipelined.
         sequence = b if pages_ref is None else page_of(j + 1)
-        return sequence, state._replace(o1=state.o1 + pv, o2=state.o2 + p2v)
+        return sequence, absorb(state, k, v, visible)
 
     state = tiles.initial_state((rows.size,), common.padded(value_dim))
+    if fresh is not None and not interpret:
+        state = state._replace(m=common.release_next(state.m))
     first = b if pages_ref is None else page_of(start)
     _, state = lax.fori_loop(start, jnp.minimum(start + share, bounds.last), step, (first, state))
+    if fresh is not None:
+        # The last split has the fewest keys.
+        is_last = split == config.num_splits - 1
+        only = lax.broadcasted_iota(jnp.int32, (rows.size, 16), 1) == 0
+        state = absorb(state, new.key.T, new.value, only & new.is_new & is_last)
+        out_ref, key_out, value_out, *rest = out_refs
+        new.store(key_out, value_out, kv, is_last & (block == 0))
+        counters, out_refs = rest or (None, out_refs)
 
     rows_v, tokens, heads, columns, inside = rows.spread(value_dim, row, token, head)
     if config.num_splits == 1:
@@ -213,12 +362,32 @@ def _kernel(q_ref, r_ref, k_ref, v_ref, mask, pages_ref, *out_refs, config, scal
             plt.store(ref.at[b, kv, row, split], x, mask=row < rows.total)
         else:
             plt.store(ref.at[b, kv, rows_v, split, columns], x, mask=inside)
+    if fresh is None:
+        return
+    if not interpret:
+        plt.debug_barrier()  # the program's states are written before one of its threads says so
+    arrived = plt.atomic_add(counters, (program * rows.blocks + block,), jnp.int32(1))
+
+    @pl.when(arrived == config.num_splits - 1)
+    def _():
+        merge = lambda i, _: _merge_row(tiles.State(*out_refs), out_ref, b, kv, block * rows.size + i, rows)
+        if rows.size == 8:
+            for i in range(rows.total):
+                merge(i, None)
+        else:
+            lax.fori_loop(0, jnp.minimum(rows.size, rows.total - block * rows.size), merge, None)
+        counters[program * rows.blocks + block] = 0  # for the next layer
 
 
 def _merge_kernel(state_refs: tiles.State, out_ref, *, rows: _Rows):
-    _, num_kv_heads, _, num_splits, value_dim = state_refs.o1.shape
     program, row = _divmod(pl.program_id(0), rows.total)
-    b, kv = _divmod(program, num_kv_heads)
+    b, kv = _divmod(program, state_refs.o1.shape[1])
+    _merge_row(state_refs, out_ref, b, kv, row, rows)
+
+
+def _merge_row(state_refs: tiles.State, out_ref, b, kv, row, rows: _Rows):
+    """Merges the splits' states of one row and writes its output."""
+    num_splits, value_dim = state_refs.o1.shape[3:]
     # A start known only at run time lets the slice reach past the head's width; the mask hides what lies there.
     splits, columns = pl.ds(0, num_splits), pl.ds(b * 0, common.padded(value_dim))
     inside = jnp.arange(common.padded(value_dim)) < value_dim
@@ -230,7 +399,20 @@ def _merge_kernel(state_refs: tiles.State, out_ref, *, rows: _Rows):
     plt.store(out_ref.at[b, token, head, columns], out.astype(out_ref.dtype), mask=inside)
 
 
-def _decode(query, probe, key, value, mask, page_table, *, scale, config: TritonDecodeBlockSizes, interpret: bool):
+def _decode(
+    query,
+    probe,
+    key,
+    value,
+    counters,
+    mask,
+    page_table,
+    fresh: Fresh | None,
+    *,
+    scale,
+    config: TritonDecodeBlockSizes,
+    interpret: bool,
+):
     batch, num_queries, num_heads, _ = query.shape
     page_size, num_kv_heads, value_dim = value.shape[1:]
     rows = _Rows.of(query, key, value)
@@ -240,16 +422,27 @@ def _decode(query, probe, key, value, mask, page_table, *, scale, config: Triton
     out = jax.ShapeDtypeStruct((batch, num_queries, num_heads, value_dim), query.dtype)
     stat = jax.ShapeDtypeStruct((batch, num_kv_heads, rows.total, config.num_splits), jnp.float32)
     values = jax.ShapeDtypeStruct((*stat.shape, value_dim), jnp.float32)
-    result = pl.pallas_call(
-        functools.partial(_kernel, config=config, scale=scale, rows=rows),
-        out_shape=out if config.num_splits == 1 else tiles.State(stat, stat, stat, values, values),
+    states = tiles.State(stat, stat, stat, values, values)
+    shapes, aliases = (out,) if config.num_splits == 1 else states, {}
+    if fresh is not None:
+        inputs = (key, value) if config.num_splits == 1 else (key, value, counters)
+        first = 1 if probe is None else 2
+        aliases = {first + i: 1 + i for i in range(len(inputs))}
+        shapes = (out, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs))
+        shapes += () if config.num_splits == 1 else (states,)
+    results = pl.pallas_call(
+        functools.partial(_kernel, config=config, scale=scale, rows=rows, interpret=interpret),
+        out_shape=shapes,
         grid=common.grid_size(batch, num_kv_heads, rows.blocks, config.num_splits),
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
+        input_output_aliases=aliases,
         interpret=interpret,
         name="parallax_decode",
-    )(query, probe, key, value, mask, page_table)
+    )(query, probe, key, value, counters, mask, page_table, fresh)
+    if fresh is not None:
+        return *results[:3], counters if config.num_splits == 1 else results[3]
     if config.num_splits == 1:
-        return result
+        return results[0]
     return pl.pallas_call(
         functools.partial(_merge_kernel, rows=rows),
         out_shape=out,
@@ -257,7 +450,7 @@ def _decode(query, probe, key, value, mask, page_table, *, scale, config: Triton
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name="parallax_decode_merge",
-    )(result)
+    )(results)
 
 
 def _prefill(query, probe, key, value, mask, page_table, *, scale):

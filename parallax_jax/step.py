@@ -1,0 +1,120 @@
+"""A step of generation on a GPU in five kernels a block, where the blocks themselves compile to twenty.
+
+A step for a few sequences is the reading of weights and cache, and every kernel's start and end is a pause in it. The
+model's blocks (`parallax_jax.model.Block`) say what is computed; `TransformerLM.hidden` calls `layers` instead where
+`runs` says so.
+"""
+
+import functools
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import device, triton_routes
+from pallas_kernels.blocks import Mask
+from parallax_jax.cache import KVCache
+from parallax_jax.layers import rotary_embedding
+
+_KERNELS = ("pallas_kernels.triton.projection", "pallas_kernels.triton.decode")
+
+
+def runs(config, tokens: Int[Array, "B T"], cache: KVCache) -> bool:
+    """Whether `layers` takes the call: one new token for each of a few sequences, in half precision, on one GPU."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if device.target()[0] != "gpu" or math.prod(mesh.shape.values()) > 1:
+        return False
+    modules = [triton_routes.load(name) for name in _KERNELS]
+    return (
+        not any(isinstance(module, str) for module in modules)
+        and tokens.shape[1] == 1
+        and tokens.shape[0] <= modules[0].MAX_ROWS
+        and takes(config, cache)
+        and config.implementation in (None, "triton")
+        and config.dtype != "float32"
+    )
+
+
+def takes(config, cache: KVCache) -> bool:
+    """Whether the kernels know all that the model's blocks do: no biases, no gate, layers that are not scanned over."""
+    pages_fit = cache.page_table is None or cache.key[0].shape[1] % 16 == 0
+    return config.has_cache and not (config.use_bias or config.probe_gate or config.scan_layers) and pages_fit
+
+
+def layers(
+    config,
+    params,
+    x: Float[Array, "B 1 D"],
+    positions: Int[Array, "#B 1"],
+    cache: KVCache,
+    num_new: Int[Array, " B"] | None,
+) -> tuple[Float[Array, "B 1 D"], tuple[Array, ...], tuple[Array, ...]]:
+    """Runs all blocks on one new token of each sequence.
+
+    Args:
+      config: the model's `ModelConfig`.
+      params: the model's parameters.
+      x: embedded tokens.
+      positions: of the tokens, for the rotary embedding.
+      cache: the model's cache.
+      num_new: 0 for a sequence that has no new token, else 1; None for all 1.
+
+    Returns:
+      x, and the keys and values of every layer.
+    """
+    batch = x.shape[0]
+    factors = rotary_embedding(positions, config.head_dim, config.rope_theta)
+    rotation = tuple(
+        jnp.broadcast_to(factor.reshape(-1, config.head_dim), (batch, config.head_dim)) for factor in factors
+    )
+    counters = jnp.zeros(batch * config.num_heads, jnp.int32)
+    lengths = cache.grown(1, num_new)
+    x, keys, values = x[:, 0], [], []
+    for i, window in enumerate(config.windows):
+        layer = {"key": cache.key[i], "value": cache.value[i], "page_table": cache.page_table, "counters": counters}
+        mask = Mask(cache.lengths, lengths, window=None if cache.ring else window)
+        block = nn.meta.unbox(params[f"layers_{i}"])
+        x, key, value, counters = _block(config, cache.ring, block, x, rotation, mask, layer)
+        keys.append(key)
+        values.append(value)
+    return x[:, None], tuple(keys), tuple(values)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _block(config, ring, params, x, rotation, mask, cache):
+    """`parallax_jax.model.Block`; under jit, so that the layers of a model are traced once."""
+    projection, decode = (triton_routes.load(name) for name in _KERNELS)
+    attention, mlp = params["attention"], params["mlp"]
+    has_probe = config.attention == "parallax"
+    names = ("query", "probe", "key", "value") if has_probe else ("query", "key", "value")
+    flat = [attention[name]["kernel"].reshape(x.shape[1], -1) for name in names]
+    products = projection.project(x, flat, gain=params["attention_norm"]["scale"], epsilon=config.norm_eps)
+    heads = {name: y.reshape(len(x), 1, -1, config.head_dim) for name, y in zip(names, products, strict=True)}
+    gain = lambda name: attention[f"{name}_norm"]["scale"] if f"{name}_norm" in attention else None
+    fresh = decode.Fresh(
+        heads["key"],
+        heads["value"],
+        tuple(gain(name) for name in ("query", "probe", "key")),
+        (rotation, rotation if config.probe_rope else None, rotation),
+        config.norm_eps if config.qk_norm_eps is None else config.qk_norm_eps,
+        ring,
+    )
+    out, key, value, counters = decode.append(
+        heads["query"],
+        heads.get("probe"),
+        cache["key"],
+        cache["value"],
+        cache["counters"],
+        mask,
+        cache["page_table"],
+        fresh,
+        scale=config.head_dim**-0.5,
+    )
+    kernel = attention["out"]["kernel"].reshape(-1, x.shape[1])
+    (x,) = projection.project(out.reshape(len(x), -1), [kernel], residual=x)
+    weights = [mlp[name]["kernel"] for name in ("gate", "up")]
+    (hidden,) = projection.project(x, weights, gain=params["mlp_norm"]["scale"], epsilon=config.norm_eps, gated=True)
+    (x,) = projection.project(hidden, [mlp["down"]["kernel"]], residual=x)
+    return x, key, value, counters

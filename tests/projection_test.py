@@ -1,0 +1,47 @@
+"""Fused products of a few rows against the plain ones."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.triton.projection import Launch, project
+from parallax_jax.layers import RMSNorm
+
+
+def normal(seed: int, *shapes, dtype="bfloat16"):
+    rng = np.random.default_rng(seed)
+    return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+
+
+def close(out, expected, tolerance):
+    out, expected = (np.asarray(x.astype(jnp.float32)) for x in (out, expected))
+    assert np.linalg.norm(out - expected) <= tolerance * np.linalg.norm(expected)
+
+
+DTYPES = [("bfloat16", 2e-3), ("float32", 1e-6)]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+@pytest.mark.parametrize("rows", [1, 3, 16])
+def test_norm_and_several_weights(rows, dtype, tolerance):
+    """One norm and products with weights of several widths, kept in float32."""
+    x, gain = normal(rows, (rows, 100), (100,), dtype=dtype)
+    weights = normal(rows, (100, 48), (100, 20), (100, 7), dtype="float32")
+    outs = jax.jit(lambda *x: project(x[0], x[2:], gain=x[1], epsilon=1e-3))(x, gain, *weights)
+    normed = RMSNorm(1e-3).apply({"params": {"scale": gain}}, x)
+    for out, weight in zip(outs, weights, strict=True):
+        assert out.dtype == x.dtype
+        close(out, normed @ weight.astype(dtype), tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+@pytest.mark.parametrize("rows", [1, 5])
+def test_gate_and_residual(rows, dtype, tolerance):
+    x, gate, up, down = normal(rows, (rows, 64), (64, 80), (64, 80), (80, 64), dtype=dtype)
+    launch = Launch(16, 32, 4, 2)
+    (hidden,) = jax.jit(lambda *x: project(x[0], x[1:], gated=True, launch=launch))(x, gate, up)
+    close(hidden, nn.silu(x @ gate) * (x @ up), 2 * tolerance)
+    (out,) = jax.jit(lambda h, w, r: project(h, [w], residual=r, launch=launch))(hidden, down, x)
+    close(out, x + hidden @ down, tolerance)
