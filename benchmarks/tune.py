@@ -52,11 +52,8 @@ def candidates(backend: str, name: str, width: int) -> list[TritonPass]:
         launch = TritonPass(rows, keys, warps, stages)
         held = keys if name == "columns" else rows
         registers = 2 * held * width / (32 * warps) + 2 * rows * keys / (32 * warps)
-        if (
-            held >= 16 * warps
-            and registers <= 224
-            and block_sizes.triton_shared_memory(name, launch, 16, width) <= limit
-        ):
+        fits = registers <= 224 and block_sizes.triton_shared_memory(name, launch, 16, width) <= limit
+        if fits and held >= 16 * warps:
             found.append(launch)
     return found
 
