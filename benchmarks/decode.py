@@ -24,6 +24,8 @@ import jax.numpy as jnp
 
 from benchmarks.timing import jax_kernels, torch_kernels
 from pallas_kernels.block_sizes import TritonDecodeBlockSizes
+from pallas_kernels.blocks import Mask
+from pallas_kernels.triton.decode import heuristic
 from parallax_jax import parallax_decode
 
 
@@ -59,6 +61,7 @@ def paper_grid() -> list[Shape]:
 
 SETS = {
     "main": [Shape(b, length) for b in (1, 32) for length in (512, 1024, 4096, 16384)],
+    "single": [Shape(1, length) for length in (512, 1024, 4096, 16384)],
     "gqa": [Shape(32, 4096, h, k) for h, k in ((8, 8), (32, 8), (16, 8), (64, 8), (8, 1))],
     "paged": [Shape(32, 4096, page_size=p) for p in (None, 16, 64, 256)]
     + [Shape(1, 16384, page_size=p) for p in (None, 64)],
@@ -216,8 +219,11 @@ def sweep(shape: Shape, keep: int = 6) -> list[tuple[float, TritonDecodeBlockSiz
     splits = [s for s in (1, 2, 4, 8, 16, 32, 64) if 64 <= programs * s <= 2048 and shape.length // s >= 32]
     candidates = [
         TritonDecodeBlockSizes(block_k, s, warps, stages)
-        for block_k, s, warps, stages in itertools.product((16, 32, 64, 128), splits, (1, 2, 4), (2, 3, 4, 5))
-        if block_k * shape.head_dim * 4 * stages <= 200_000 and block_k * s <= shape.length and block_k * warps <= 256
+        for block_k, s, warps, stages in itertools.product((16, 32, 64, 128), splits, (1, 2, 4, 8), (2, 3, 4, 5))
+        if block_k * shape.head_dim * 4 * stages <= 200_000
+        and block_k * s <= shape.length
+        and block_k * warps <= 512
+        and (s == 1 or (block_k >= 32 and warps >= 2 and stages <= 3))  # few programs: latency counts
     ]
     args = draw(shape)
 
@@ -225,15 +231,17 @@ def sweep(shape: Shape, keep: int = 6) -> list[tuple[float, TritonDecodeBlockSiz
         with contextlib.suppress(Exception):
             return jax.jit(ours("triton", sizes)).lower(*args).compile()
 
-    with ThreadPoolExecutor(12) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         functions = list(pool.map(compiled, candidates))
     times = []
     for sizes, function in zip(candidates, functions, strict=True):
         if function is not None:
             times.append((jax_kernels(function, *args, iterations=8)[0], sizes))
     times.sort(key=lambda pair: pair[0])
-    for time, sizes in times[:keep]:
-        print(f"  {shape}: {time:8.2f} us  {sizes}", flush=True)
+    chosen = heuristic(args[0], *args[2:4], Mask(None, args[4]), args[5])
+    for time, sizes in [x for i, x in enumerate(times) if i < keep or x[1] == chosen]:
+        default = "  (the default)" if sizes == chosen else ""
+        print(f"  {shape}: {time:8.2f} us  {sizes}{default}", flush=True)
     return times
 
 

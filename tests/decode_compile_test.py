@@ -1,13 +1,20 @@
 """XLA's own GPU compiler on the decode kernels, for GPUs that are not there: no spill, no shared-memory overflow."""
 
+import dataclasses
 import functools
+import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from benchmarks.decode_step import PAPER
 from parallax_jax import parallax_decode
+from parallax_jax.cache import init_cache
+from parallax_jax.model import TransformerLM
+from parallax_jax.sampling import Draws, Sampling, decode_step
 from train.gpus import gpu_devices
 
 pytestmark = pytest.mark.compile
@@ -30,3 +37,26 @@ def test_kernels_fit(card, batch, new, head_dim, dtype):
         table, lengths = shape((batch, 16), jnp.int32), shape((batch,), jnp.int32)
         lowered = step.trace(table, *operands, lengths).lower(lowering_platforms=("cuda",))
         lowered.compile(compiler_options={"xla_gpu_fail_ptx_compilation_on_register_spilling": True})
+
+
+@pytest.mark.parametrize("batch", [1, 5, 64])
+def test_a_step_is_five_kernels_a_block(batch):
+    """Nothing between them, and the cache, which is donated, is not copied."""
+    config = dataclasses.replace(PAPER, num_layers=2, vocab_size=512)
+    mesh = jax.sharding.Mesh(gpu_devices(1), ("x",))
+    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+    init = lambda: nn.meta.unbox(TransformerLM(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
+
+    def arguments():
+        draws = Draws(jax.random.split(jax.random.key(0), batch), jnp.full(1, -1, jnp.int32), jnp.int32(512))
+        return init(), init_cache(config, batch, 4096), jnp.ones(batch, jnp.int32), jnp.zeros(batch, bool), draws
+
+    with jax.set_mesh(mesh):
+        traced = decode_step.trace(config, Sampling(0), *jax.tree.map(place, jax.eval_shape(arguments)))
+        compiled = traced.lower(lowering_platforms=("cuda",)).compile(
+            compiler_options={"xla_gpu_fail_ptx_compilation_on_register_spilling": True}
+        )
+    text = compiled.as_text()
+    assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 5 * config.num_layers
+    assert f"bf16[{batch},4096,8,128]" in text
+    assert not re.findall(r" copy(-start)?\(", text)

@@ -21,6 +21,7 @@ from pallas_kernels.block_sizes import TritonDecodeBlockSizes
 from pallas_kernels.triton import common
 
 MAX_QUERIES = 16  # more new tokens than this are a prefill: the forward kernel's work
+MERGED = 4096  # elements of an accumulator that are merged at once
 ROW_BYTES = 16384  # of queries that a program holds; larger groups are cut into blocks of rows
 
 
@@ -370,33 +371,37 @@ def _kernel(
 
     @pl.when(arrived == config.num_splits - 1)
     def _():
-        merge = lambda i, _: _merge_row(tiles.State(*out_refs), out_ref, b, kv, block * rows.size + i, rows)
-        if rows.size == 8:
-            for i in range(rows.total):
-                merge(i, None)
-        else:
-            lax.fori_loop(0, jnp.minimum(rows.size, rows.total - block * rows.size), merge, None)
+        count = min(rows.size, pl.next_power_of_2(rows.total))
+        size = min(count, max(1, MERGED // (config.num_splits * common.padded(value_dim))))
+        merge = lambda i, _: _merge(tiles.State(*out_refs), out_ref, b, kv, block * rows.size + i * size, size, rows)
+        lax.fori_loop(0, count // size, merge, None)
         counters[program * rows.blocks + block] = 0  # for the next layer
 
 
 def _merge_kernel(state_refs: tiles.State, out_ref, *, rows: _Rows):
     program, row = _divmod(pl.program_id(0), rows.total)
     b, kv = _divmod(program, state_refs.o1.shape[1])
-    _merge_row(state_refs, out_ref, b, kv, row, rows)
+    _merge(state_refs, out_ref, b, kv, row, 1, rows)
 
 
-def _merge_row(state_refs: tiles.State, out_ref, b, kv, row, rows: _Rows):
-    """Merges the splits' states of one row and writes its output."""
+def _merge(state_refs: tiles.State, out_ref, b, kv, first, size: int, rows: _Rows) -> None:
+    """Merges the splits' states of rows [first, first + size) and writes their output."""
     num_splits, value_dim = state_refs.o1.shape[3:]
-    # A start known only at run time lets the slice reach past the head's width; the mask hides what lies there.
-    splits, columns = pl.ds(0, num_splits), pl.ds(b * 0, common.padded(value_dim))
-    inside = jnp.arange(common.padded(value_dim)) < value_dim
-    spread = lax.broadcast_in_dim(inside, (num_splits, inside.shape[0]), (1,))
-    values = lambda ref: plt.load(ref.at[b, kv, row, splits, columns], mask=spread, other=0.0)
-    states = (values(ref) if ref.ndim == 5 else ref[b, kv, row, splits] for ref in state_refs)
-    out, *_ = tiles.finish(tiles.merge(tiles.State(*states)))
-    token, head = rows.read(row, kv)
-    plt.store(out_ref.at[b, token, head, columns], out.astype(out_ref.dtype), mask=inside)
+    shape = (num_splits, size, common.padded(value_dim))
+    split, row, column = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in range(3))
+    inside = (first + row < rows.total) & (column < value_dim)
+
+    def load(ref):
+        if ref.ndim == 5:
+            return plt.load(ref.at[b, kv, first + row, split, column], mask=inside, other=0.0)
+        split_, row_ = (lax.broadcasted_iota(jnp.int32, shape[:2], axis) for axis in range(2))
+        return plt.load(ref.at[b, kv, first + row_, split_], mask=first + row_ < rows.total, other=0.0)
+
+    out, *_ = tiles.finish(tiles.merge(tiles.State(*map(load, state_refs))))
+    row, column = (lax.broadcasted_iota(jnp.int32, shape[1:], axis) for axis in range(2))
+    inside = (first + row < rows.total) & (column < value_dim)
+    token, head = rows.read(first + row, kv)
+    plt.store(out_ref.at[b, token, head, column], out.astype(out_ref.dtype), mask=inside)
 
 
 def _decode(
@@ -443,11 +448,13 @@ def _decode(
         return *results[:3], counters if config.num_splits == 1 else results[3]
     if config.num_splits == 1:
         return results[0]
+    warps = min(8, max(1, config.num_splits * common.padded(value_dim) // MERGED))
     return pl.pallas_call(
         functools.partial(_merge_kernel, rows=rows),
         out_shape=out,
         grid=common.grid_size(batch, num_kv_heads, rows.total),
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
+        # One warp reduces over the splits within its threads.
+        compiler_params=plt.CompilerParams(num_warps=warps, num_stages=1),
         interpret=interpret,
         name="parallax_decode_merge",
     )(results)

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from pallas_kernels import device, tiles
 from pallas_kernels.triton import common
 
-MAX_ROWS = 16  # rows of a tile of the tensor cores; with more, products are no longer the reading of weights
+MAX_ROWS = 64  # one tile; with more, products are no longer the reading of weights
 
 
 class Launch(NamedTuple):
@@ -150,13 +150,13 @@ def _one_row(x_ref, gain_ref, w_refs, zero, column, epsilon, launch: Launch, int
 
 
 def _rows(x_ref, gain_ref, w_refs, zero, column, epsilon, launch: Launch, interpret: bool):
-    """Products (16, block_n) on the tensor cores, the weights pipelined through shared memory."""
+    """Products (rows, block_n) on the tensor cores, the weights pipelined through shared memory."""
     depth, dtype = x_ref.shape[1], x_ref.dtype
-    count, tile = pl.cdiv(depth, launch.block_k), (MAX_ROWS, launch.block_k)
+    count, tile = pl.cdiv(depth, launch.block_k), (max(16, pl.next_power_of_2(x_ref.shape[0])), launch.block_k)
     inputs = lambda k: _load(x_ref, zero, k, tile).astype(jnp.float32)
     if gain_ref is not None:
         square = lambda i, total: total + jnp.sum(inputs(i * launch.block_k) ** 2, axis=1)
-        total = lax.fori_loop(0, count, square, jnp.zeros(MAX_ROWS, jnp.float32))
+        total = lax.fori_loop(0, count, square, jnp.zeros(tile[0], jnp.float32))
         inverse = lax.broadcast_in_dim(_inverse_rms(total, x_ref, epsilon), tile, (0,))
 
     def step(i, sums):
@@ -171,7 +171,7 @@ def _rows(x_ref, gain_ref, w_refs, zero, column, epsilon, launch: Launch, interp
         held = (_load(w, k, column, (launch.block_k, launch.block_n)).astype(dtype) for w in w_refs)
         return tuple(total + common.dot(x, w, precision) for total, w in zip(sums, held, strict=True))
 
-    return lax.fori_loop(0, count, step, tuple(jnp.zeros((MAX_ROWS, launch.block_n)) for _ in w_refs))
+    return lax.fori_loop(0, count, step, tuple(jnp.zeros((tile[0], launch.block_n)) for _ in w_refs))
 
 
 def _project(x, gain, residual, weights, *, epsilon, gated, launch: Launch, interpret: bool):
