@@ -2,7 +2,8 @@
 
 The logits of a vocabulary of 152k take as much memory as the model's own activations. They are computed for a chunk of
 tokens at a time; where gradients are wanted, the chunk's gradients with respect to the hidden states and the projection
-are computed while its logits exist, so nothing is computed twice and no more than one chunk of logits ever exists.
+are computed while its logits exist, so nothing is computed twice and no more than one chunk of logits ever exists. Each
+logit is written once and read once.
 """
 
 import functools
@@ -30,7 +31,7 @@ def cross_entropy(
     ambient mesh each device takes its tokens and, where it divides, its part of the vocabulary.
 
     Args:
-      hidden: final hidden states, (B, T, D), any float dtype.
+      hidden: final hidden states, (B, T, D), bfloat16 or float32.
       head: output projection, or the embedding where they are tied, (vocab, D).
       targets: int32 ids of the next tokens, (B, T).
       weights: float32 factor of each token's loss, (B, T); not differentiated.
@@ -38,6 +39,9 @@ def cross_entropy(
 
     Returns:
       float32 scalar.
+
+    Raises:
+      ValueError: the dtype of `hidden` has too small a range.
     """
     return _run(hidden, head, targets, weights, chunk, gradients=False)
 
@@ -56,6 +60,8 @@ cross_entropy.defvjp(_forward, _backward)
 
 
 def _run(hidden, head, targets, weights, chunk, gradients):
+    if float(jnp.finfo(hidden.dtype).max) < _LARGEST:
+        raise ValueError(f"hidden: needs bfloat16 or float32, got {hidden.dtype}")
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size <= 1:
         return _chunks(hidden, head, targets, weights, chunk, gradients, (), (), ())
@@ -80,7 +86,36 @@ def _chunks(hidden, head, targets, weights, chunk, gradients, split_tokens, voca
     `split_tokens` and `vocab` are the axes over which tokens and the vocabulary are split. `embed` are those over which
     the columns of the projection's gradient are to be; they are among `split_tokens`.
     """
-    table = head.astype(hidden.dtype)
+    run = functools.partial(_pass, hidden, head.astype(hidden.dtype), targets, weights, chunk, gradients, vocab)
+    # The target's logit is known beforehand and almost always a good shift. Devices agree, for passes communicate.
+    results, largest = run(by_largest=False)
+    largest = _max(_max(largest, split_tokens), vocab)
+    results = lax.cond(largest < _LARGEST, lambda: results, lambda: run(by_largest=True)[0])
+    loss = _sum(results[0], split_tokens)
+    if not gradients:
+        return loss
+    _, dhidden, dhead = results
+    if embed:
+        dhead = lax.psum_scatter(dhead, embed, scatter_dimension=1, tiled=True)
+    dhead = _sum(dhead, tuple(axis for axis in split_tokens if axis not in (embed or ())))
+    return loss, dhidden, dhead.astype(head.dtype)
+
+
+_LARGEST = 1e26  # sums of exponentials below it, and their inverses times a weight, are far from bfloat16's ends
+
+
+def _pass(hidden, table, targets, weights, chunk, gradients, vocab, *, by_largest):
+    """Loss and gradients of a device's tokens with its part of the vocabulary, each logit read once from memory.
+
+    With e_v = exp(logit_v - shift), S the sum over all but the target and Z = S + e_target, the gradient of a logit is
+    e_v / Z and that of the target's -S / Z. Only 1 / Z needs all logits, and it can stand before the sums over v.
+
+    Args:
+      by_largest: shift by the largest logit, which takes one more reading, instead of by the target's.
+
+    Returns:
+      (sum of losses, dhidden, dhead), the latter two None where they are not wanted, and the largest S.
+    """
     tokens = targets.size
     size = min(chunk, tokens)
     count = -(-tokens // size)
@@ -90,50 +125,48 @@ def _chunks(hidden, head, targets, weights, chunk, gradients, split_tokens, voca
         x = jnp.pad(x, [(0, count * size - tokens)] + [(0, 0)] * len(features))
         return x.reshape(count, size, *features)
 
-    first = lax.axis_index(vocab) * len(table) if vocab else 0
+    place = targets - (lax.axis_index(vocab) * len(table) if vocab else 0)
+    hit = (place >= 0) & (place < len(table))
 
     def one(carry, part):
-        loss, dhead = carry
-        h, target, weight = part
+        loss, largest, dhead = carry
+        h, place, hit, weight = part
+        own = jnp.where(hit[:, None], jnp.take(table, place, axis=0, mode="clip").astype(jnp.float32), 0.0)
+        own = _sum(own, vocab)
+        target = jnp.sum(h.astype(jnp.float32) * own, axis=1)
         logits = _product(h, table, (1, 1))
-        top, total = _top_and_total(logits)
-        highest = _max(top, vocab)
-        normaliser = highest + jnp.log(_sum(total * jnp.exp(top - highest), vocab))
-        place = target - first
-        hit = (place >= 0) & (place < len(table))
-        at_target = jnp.take_along_axis(logits, jnp.clip(place, 0, len(table) - 1)[:, None], 1)[:, 0]
-        at_target = _sum(jnp.where(hit, at_target, 0.0), vocab)
-        loss += jnp.sum(weight * (normaliser - at_target))
+        shift = target
+        if by_largest:
+            shift = jnp.maximum(_max(jnp.max(logits, axis=1), vocab), target)
+        others = lax.broadcasted_iota(jnp.int32, logits.shape, 1) != place[:, None]
+        terms = jnp.where(others, jnp.exp(logits - shift[:, None]), 0.0)
+        inner = len(table) & -len(table)
+        sums = jnp.sum(terms.reshape(size, -1, inner if inner >= 32 else len(table)), axis=2)
+        terms = terms.astype(h.dtype)
+        if gradients:  # the barrier makes XLA round the terms and sum them, all but the last step, in one pass
+            terms, sums = lax.optimization_barrier((terms, sums))
+        rest = _sum(jnp.sum(sums, axis=1), vocab)
+        total = rest + jnp.exp(target - shift)
+        loss += jnp.sum(weight * (shift - target + jnp.log(total)))
+        largest = jnp.maximum(largest, jnp.max(rest))
         if not gradients:
-            return (loss, dhead), None
-        one_hot = lax.broadcasted_iota(jnp.int32, logits.shape, 1) == place[:, None]
-        dlogits = jnp.exp(logits - normaliser[:, None]) - one_hot.astype(jnp.float32)
-        dlogits = (dlogits * weight[:, None]).astype(h.dtype)
-        dhead += _product(dlogits, h, (0, 0))
-        return (loss, dhead), _sum(_product(dlogits, table, (1, 0)), vocab).astype(h.dtype)
+            return (loss, largest, dhead), None
+        factor = weight / total
+        dhead += _product(terms, (factor[:, None] * h.astype(jnp.float32)).astype(h.dtype), (0, 0))
+        dtarget = -factor * rest
+        dh = factor[:, None] * _sum(_product(terms, table, (1, 0)), vocab) + dtarget[:, None] * own
+        return (loss, largest, dhead), (dh.astype(h.dtype), dtarget)
 
-    start = (jnp.float32(0), jnp.zeros(head.shape, jnp.float32) if gradients else None)
-    parts = (split(hidden, hidden.shape[-1:]), split(targets), split(weights))
-    (loss, dhead), dhidden = lax.scan(one, start, parts)
-    loss = _sum(loss, split_tokens)
+    start = (jnp.float32(0), jnp.float32(0), jnp.zeros(table.shape, jnp.float32) if gradients else None)
+    parts = (split(hidden, hidden.shape[-1:]), split(place), split(hit), split(weights))
+    (loss, largest, dhead), stacked = lax.scan(one, start, parts)
     if not gradients:
-        return loss
-    dhidden = dhidden.reshape(count * size, -1)[:tokens].reshape(hidden.shape)
-    if embed:
-        dhead = lax.psum_scatter(dhead, embed, scatter_dimension=1, tiled=True)
-    dhead = _sum(dhead, tuple(axis for axis in split_tokens if axis not in (embed or ())))
-    return loss, dhidden, dhead.astype(head.dtype)
-
-
-def _top_and_total(logits):
-    """The largest logit of each row and the sum of exp(logit - largest), both of one reading of the logits."""
-
-    def merge(a, b):
-        top = jnp.maximum(a[0], b[0])
-        return top, a[1] * jnp.exp(a[0] - top) + b[1] * jnp.exp(b[0] - top)
-
-    lowest = jnp.float32(jnp.finfo(jnp.float32).min)  # not -inf, which less itself is no number
-    return lax.reduce((logits, jnp.ones_like(logits)), (lowest, jnp.float32(0)), merge, (1,))
+        return (loss, None, None), largest
+    dhidden, dtarget = (x.reshape(count * size, *x.shape[2:])[:tokens] for x in stacked)
+    dtarget = jnp.where(hit.reshape(-1), dtarget, 0.0)
+    update = dtarget[:, None] * hidden.reshape(tokens, -1).astype(jnp.float32)
+    dhead = dhead.at[jnp.clip(place.reshape(-1), 0, len(table) - 1)].add(update)
+    return (loss, dhidden.reshape(hidden.shape), dhead), largest
 
 
 def _product(a, b, axes):

@@ -6,6 +6,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from train import loss as loss_module
 from train.loss import cross_entropy
 
 ROWS, TOKENS, WIDTH, VOCAB = 4, 18, 24, 76
@@ -41,6 +42,33 @@ def test_equals_the_plain_loss(chunk):
     expected = loss_and_gradients(plain, *inputs)
     assert_close(loss_and_gradients(lambda *x: cross_entropy(*x, chunk), *inputs), expected, 1e-5)
     np.testing.assert_allclose(cross_entropy(*inputs, chunk), plain(*inputs), rtol=1e-5)
+
+
+@pytest.mark.parametrize("limit", [0.0, 3e38], ids=["by_largest", "by_target"])
+@pytest.mark.parametrize("vocab", [VOCAB, 64])
+def test_both_shifts_give_the_plain_loss(monkeypatch, limit, vocab):
+    monkeypatch.setattr(loss_module, "_LARGEST", limit)
+    hidden, head, targets, weights = make_inputs(np.random.default_rng(4))
+    inputs = 0.5 * hidden, head[:vocab], targets % vocab, weights
+    assert_close(
+        loss_and_gradients(lambda *x: cross_entropy(*x, 16), *inputs), loss_and_gradients(plain, *inputs), 1e-5
+    )
+
+
+def test_far_tokens_are_exact():
+    """A loss of thousands: exponentials over the target's are infinite."""
+    hidden, head, targets, weights = make_inputs(np.random.default_rng(5))
+    inputs = 100 * hidden, head, targets, weights
+    assert loss_and_gradients(plain, *inputs)[0] > 1e3
+    assert_close(
+        loss_and_gradients(lambda *x: cross_entropy(*x, 16), *inputs), loss_and_gradients(plain, *inputs), 1e-5
+    )
+
+
+def test_float16_is_refused():
+    inputs = make_inputs(np.random.default_rng(6), jnp.float16)
+    with pytest.raises(ValueError, match="hidden: needs bfloat16 or float32, got float16"):
+        cross_entropy(*inputs, 16)
 
 
 def test_bfloat16_adds_up_in_float32():
