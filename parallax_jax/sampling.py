@@ -116,6 +116,8 @@ def stream(
     """
     lengths, capacity = _check(config, prompts, max_new_tokens, seed, cache, prefill_chunk)
     config, params = unstack_layers(dataclasses.replace(config, remat="none"), params)
+    # Every product casts its matrix to this dtype: done once, a step reads no more than it needs.
+    params = jax.tree.map(lambda x: x.astype(config.dtype) if x.ndim > 1 else x, params)
     if cache is None:
         cache = init_cache(config, len(prompts), capacity)
     elif not isinstance(cache.key, tuple):
