@@ -16,6 +16,7 @@ experiment can be done in slices.
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import time
@@ -205,7 +206,7 @@ def read_log(path: Path) -> list[dict]:
 
 
 def planned(args: argparse.Namespace, rows: list[dict]):
-    """The runs still to do that are known: all sweeps, then by seed the arms whose sweep is done."""
+    """The runs still to do that are known: all sweeps, then by seed the arms whose sweep is done, variants last."""
     arms = [(arm, optimizer) for arm in args.arms for optimizer in args.optimizers]
 
     def has(run: Run):
@@ -217,12 +218,12 @@ def planned(args: argparse.Namespace, rows: list[dict]):
         Run(arm, name, rate, 0, args.sweep_steps, "sweep") for arm, name in swept for rate in args.rates or RATES[name]
     ]
     yield from (run for run in sweeps if not has(run))
-    for seed in range(1, args.seeds + 1):
-        for arm, optimizer in arms:
-            rate = best_rate(rows, args.size, RATE_OF.get(arm, arm), optimizer, args.sweep_steps)
-            run = Run(arm, optimizer, rate, seed, args.steps, "final")
-            if not has(run):
-                yield run
+    finals = itertools.product(range(1, args.seeds + 1), arms)
+    for seed, (arm, optimizer) in sorted(finals, key=lambda x: x[1][0] in RATE_OF):
+        rate = best_rate(rows, args.size, RATE_OF.get(arm, arm), optimizer, args.sweep_steps)
+        run = Run(arm, optimizer, rate, seed, args.steps, "final")
+        if not has(run):
+            yield run
 
 
 def best_rate(rows: list[dict], size: str, arm: str, optimizer: str, steps: int) -> float | None:
