@@ -7,6 +7,7 @@ logit is written once and read once.
 """
 
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import device
 from parallax_jax.sharding import mesh_axes, parameter_sharding
 
 
@@ -41,7 +43,7 @@ def cross_entropy(
       float32 scalar.
 
     Raises:
-      ValueError: the dtype of `hidden` has too small a range.
+      ValueError: `hidden` has another dtype, which may have too small a range.
     """
     return _run(hidden, head, targets, weights, chunk, gradients=False)
 
@@ -60,7 +62,7 @@ cross_entropy.defvjp(_forward, _backward)
 
 
 def _run(hidden, head, targets, weights, chunk, gradients):
-    if float(jnp.finfo(hidden.dtype).max) < _LARGEST:
+    if hidden.dtype not in (jnp.bfloat16, jnp.float32):
         raise ValueError(f"hidden: needs bfloat16 or float32, got {hidden.dtype}")
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size <= 1:
@@ -86,36 +88,7 @@ def _chunks(hidden, head, targets, weights, chunk, gradients, split_tokens, voca
     `split_tokens` and `vocab` are the axes over which tokens and the vocabulary are split. `embed` are those over which
     the columns of the projection's gradient are to be; they are among `split_tokens`.
     """
-    run = functools.partial(_pass, hidden, head.astype(hidden.dtype), targets, weights, chunk, gradients, vocab)
-    # The target's logit is known beforehand and almost always a good shift. Devices agree, for passes communicate.
-    results, largest = run(by_largest=False)
-    largest = _max(_max(largest, split_tokens), vocab)
-    results = lax.cond(largest < _LARGEST, lambda: results, lambda: run(by_largest=True)[0])
-    loss = _sum(results[0], split_tokens)
-    if not gradients:
-        return loss
-    _, dhidden, dhead = results
-    if embed:
-        dhead = lax.psum_scatter(dhead, embed, scatter_dimension=1, tiled=True)
-    dhead = _sum(dhead, tuple(axis for axis in split_tokens if axis not in (embed or ())))
-    return loss, dhidden, dhead.astype(head.dtype)
-
-
-_LARGEST = 1e26  # sums of exponentials below it, and their inverses times a weight, are far from bfloat16's ends
-
-
-def _pass(hidden, table, targets, weights, chunk, gradients, vocab, *, by_largest):
-    """Loss and gradients of a device's tokens with its part of the vocabulary, each logit read once from memory.
-
-    With e_v = exp(logit_v - shift), S the sum over all but the target and Z = S + e_target, the gradient of a logit is
-    e_v / Z and that of the target's -S / Z. Only 1 / Z needs all logits, and it can stand before the sums over v.
-
-    Args:
-      by_largest: shift by the largest logit, which takes one more reading, instead of by the target's.
-
-    Returns:
-      (sum of losses, dhidden, dhead), the latter two None where they are not wanted, and the largest S.
-    """
+    table = head.astype(hidden.dtype)
     tokens = targets.size
     size = min(chunk, tokens)
     count = -(-tokens // size)
@@ -128,45 +101,65 @@ def _pass(hidden, table, targets, weights, chunk, gradients, vocab, *, by_larges
     place = targets - (lax.axis_index(vocab) * len(table) if vocab else 0)
     hit = (place >= 0) & (place < len(table))
 
+    # With e_v = exp(logit_v - shift), S the sum over all but the target and Z = S + e_target, the gradient of a logit
+    # is e_v / Z and the target's -S / Z. Only 1 / Z needs all logits, and it can stand before the sums over v.
     def one(carry, part):
-        loss, largest, dhead = carry
+        loss, dhead = carry
         h, place, hit, weight = part
         own = jnp.where(hit[:, None], jnp.take(table, place, axis=0, mode="clip").astype(jnp.float32), 0.0)
         own = _sum(own, vocab)
         target = jnp.sum(h.astype(jnp.float32) * own, axis=1)
-        logits = _product(h, table, (1, 1))
-        shift = target
-        if by_largest:
-            shift = jnp.maximum(_max(jnp.max(logits, axis=1), vocab), target)
-        others = lax.broadcasted_iota(jnp.int32, logits.shape, 1) != place[:, None]
-        terms = jnp.where(others, jnp.exp(logits - shift[:, None]), 0.0)
-        inner = len(table) & -len(table)
-        sums = jnp.sum(terms.reshape(size, -1, inner if inner >= 32 else len(table)), axis=2)
-        terms = terms.astype(h.dtype)
-        if gradients:  # the barrier makes XLA round the terms and sum them, all but the last step, in one pass
-            terms, sums = lax.optimization_barrier((terms, sums))
-        rest = _sum(jnp.sum(sums, axis=1), vocab)
-        total = rest + jnp.exp(target - shift)
-        loss += jnp.sum(weight * (shift - target + jnp.log(total)))
-        largest = jnp.maximum(largest, jnp.max(rest))
+        terms, rest, shift = _terms(_product(h, table, (1, 1)), target, place, h.dtype)
+        highest = _max(shift, vocab)
+        share = jnp.exp(shift - highest)
+        rest = _sum(share * rest, vocab)
+        total = rest + jnp.exp(target - highest)
+        loss += jnp.sum(weight * (highest - target + jnp.log(total)))
         if not gradients:
-            return (loss, largest, dhead), None
+            return (loss, dhead), None
         factor = weight / total
-        dhead += _product(terms, (factor[:, None] * h.astype(jnp.float32)).astype(h.dtype), (0, 0))
+        rows = (factor * share)[:, None]
+        dhead += _product(terms, (rows * h.astype(jnp.float32)).astype(h.dtype), (0, 0))
         dtarget = -factor * rest
-        dh = factor[:, None] * _sum(_product(terms, table, (1, 0)), vocab) + dtarget[:, None] * own
-        return (loss, largest, dhead), (dh.astype(h.dtype), dtarget)
+        dh = _sum(rows * _product(terms, table, (1, 0)), vocab) + dtarget[:, None] * own
+        return (loss, dhead), (dh.astype(h.dtype), dtarget)
 
-    start = (jnp.float32(0), jnp.float32(0), jnp.zeros(table.shape, jnp.float32) if gradients else None)
+    start = (jnp.float32(0), jnp.zeros(table.shape, jnp.float32) if gradients else None)
     parts = (split(hidden, hidden.shape[-1:]), split(place), split(hit), split(weights))
-    (loss, largest, dhead), stacked = lax.scan(one, start, parts)
+    (loss, dhead), stacked = lax.scan(one, start, parts)
+    loss = _sum(loss, split_tokens)
     if not gradients:
-        return (loss, None, None), largest
+        return loss
     dhidden, dtarget = (x.reshape(count * size, *x.shape[2:])[:tokens] for x in stacked)
-    dtarget = jnp.where(hit.reshape(-1), dtarget, 0.0)
-    update = dtarget[:, None] * hidden.reshape(tokens, -1).astype(jnp.float32)
+    update = jnp.where(hit.reshape(-1), dtarget, 0.0)[:, None] * hidden.reshape(tokens, -1).astype(jnp.float32)
     dhead = dhead.at[jnp.clip(place.reshape(-1), 0, len(table) - 1)].add(update)
-    return (loss, dhidden.reshape(hidden.shape), dhead), largest
+    if embed:
+        dhead = lax.psum_scatter(dhead, embed, scatter_dimension=1, tiled=True)
+    dhead = _sum(dhead, tuple(axis for axis in split_tokens if axis not in (embed or ())))
+    return loss, dhidden.reshape(hidden.shape), dhead.astype(head.dtype)
+
+
+def _terms(logits, target, place, dtype):
+    """`pallas_kernels.softmax_terms`; where that does not run by XLA, with the largest logits as shifts."""
+    if _by_kernel(logits):
+        kernel = functools.partial(_kernel().softmax_terms, dtype=dtype)
+        return device.run(kernel, logits, target, place)
+    shift = jnp.maximum(jnp.max(logits, axis=1), target)
+    others = lax.broadcasted_iota(jnp.int32, logits.shape, 1) != place[:, None]
+    terms = jnp.where(others, jnp.exp(logits - shift[:, None]), 0.0)
+    return terms.astype(dtype), jnp.sum(terms, axis=1), shift
+
+
+@functools.cache
+def _kernel():
+    try:
+        return importlib.import_module("pallas_kernels.softmax_terms")
+    except ImportError:  # JAX has announced that it will drop Pallas' Triton backend
+        return None
+
+
+def _by_kernel(logits) -> bool:
+    return device.target()[0] == "gpu" and _kernel() is not None and logits.size < 2**31
 
 
 def _product(a, b, axes):
