@@ -76,7 +76,9 @@ def check(config: ModelConfig, batch: int, context: int) -> dict[str, float]:
 
     ours = logits("bfloat16")
     with mock.patch.object(step, "runs", lambda *_: False):
-        blocks, exact = logits("bfloat16"), logits("float32")
+        blocks = logits("bfloat16")
+        with jax.default_matmul_precision("highest"):
+            exact = logits("float32")
     error = lambda x: float(jnp.linalg.norm(x - exact) / jnp.linalg.norm(exact))
     return {"fused_error": error(ours), "blocks_error": error(blocks)}
 

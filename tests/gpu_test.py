@@ -1,5 +1,6 @@
 """Every kernel on a GPU: `pytest -m gpu`. Conformance, and sizes that only a large GPU holds."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -7,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from benchmarks import decode_step
 from pallas_kernels import device, triton_routes
 from pallas_kernels.block_sizes import TritonDecodeBlockSizes, TritonLangDecodeBlockSizes, triton_lang_block_sizes
 from parallax_jax import compare, parallax_attention, parallax_reference
 from parallax_jax.attention import BACKENDS
+from parallax_jax.model import TransformerLM
 from parallax_jax.workloads import BY_NAME, CONFORMANCE
 from tests.conformance import Conformance
 from tests.decode_conformance import DecodeConformance
@@ -155,3 +158,20 @@ def test_one_bit_pattern_in_a_thousand_runs(implementation):
     first = checksums(operands, cotangent)
     different = sum(bool((checksums(operands, cotangent) != first).any()) for _ in range(1000))
     assert different == 0
+
+
+@pytest.mark.parametrize("batch", [1, 5, 64])
+def test_a_fused_step_is_as_exact_as_the_blocks(batch):
+    errors = decode_step.check(decode_step.PAPER, batch, 512)
+    assert errors["fused_error"] <= 1.2 * errors["blocks_error"], errors
+
+
+def test_whichever_program_merges_the_bits_are_the_same():
+    """Splits end in any order, and counters are left at zero for the next call."""
+    config = dataclasses.replace(decode_step.PAPER, num_layers=4, vocab_size=512)
+    params, cache = decode_step.random_parameters(config), decode_step.random_cache(config, 2, 2048, 2000)
+    call = jax.jit(lambda token: TransformerLM(config).apply({"params": params}, token, cache=cache)[0])
+    tokens = jnp.asarray([[3], [5]], jnp.int32)
+    outs = jnp.stack([call(tokens) for _ in range(300)])
+    assert bool(jnp.isfinite(outs).all())
+    assert bool((outs == outs[0]).all())
