@@ -63,6 +63,22 @@ def test_both_routes_give_the_plain_loss(factor, vocab):
     assert_close(loss_and_gradients(lambda *x: cross_entropy(*x, 16), *inputs), expected, 1e-5)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("factor", [3.0, 60.0])
+def test_the_kernel_on_a_gpu(monkeypatch, factor):
+    """A row of the large vocabulary that ends in the middle of a block, and shifts by the largest logit."""
+    logits = factor * jax.random.normal(jax.random.key(0), (512, 151936))
+    place = jax.random.randint(jax.random.key(1), (512,), 0, 151936)
+    target = jnp.take_along_axis(logits, place[:, None], 1)[:, 0]
+    found = []
+    for by_kernel in (True, False):
+        monkeypatch.setattr(loss_module, "_by_kernel", lambda logits, by_kernel=by_kernel: by_kernel)
+        terms, rest, shift = jax.jit(lambda *x: loss_module._terms(*x, jnp.float32))(logits, target, place)
+        found.append((terms / rest[:, None], shift + jnp.log(rest)))
+    for actual, expected in zip(*found, strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-30)
+
+
 def test_float16_is_refused():
     inputs = make_inputs(np.random.default_rng(6), jnp.float16)
     with pytest.raises(ValueError, match="hidden: needs bfloat16 or float32, got float16"):
