@@ -14,6 +14,10 @@ pytestmark = pytest.mark.compile
 
 BATCH, LENGTH, HEADS = 2, 1024, 4
 SERIALISED = re.compile(r"\(C751[0-68-9]\)[^\n]*serialized")
+# The one pass holds all that it can in registers and parks some 20 addresses and constants elsewhere. That it waits for
+# a product before its loop (C7517), where a program's first probe scores get their starting values, costs nothing.
+SPILLS = re.compile(r"'parallax_backward_mosaic_gpu_kernel', (\d+) bytes spill stores, (\d+) bytes spill loads")
+MOST_SPILLED = 160  # bytes
 
 
 def compile_kernels(is_causal=True, window=None, packed=False, ragged=False, kv_heads=2, width=128, dtype=jnp.bfloat16):
@@ -49,7 +53,9 @@ def compile_kernels(is_causal=True, window=None, packed=False, ragged=False, kv_
         dict(ragged=True, is_causal=False),
         dict(window=300, packed=True, ragged=True),
         dict(dtype=jnp.float16),
+        dict(dtype=jnp.float16, is_causal=False),
         dict(width=64),
+        dict(width=64, is_causal=False, kv_heads=4),
         dict(width=64, window=300, packed=True, ragged=True),
     ],
     ids=lambda call: "-".join(f"{name}_{getattr(x, '__name__', x)}" for name, x in call.items()) or "causal",
@@ -61,3 +67,4 @@ def test_products_overlap(call, monkeypatch, capfd):
     report = report.out + report.err
     assert report.count("Compiling entry function") == 3
     assert not SERIALISED.findall(report)
+    assert all(int(size) <= MOST_SPILLED for sizes in SPILLS.findall(report) for size in sizes)

@@ -12,20 +12,27 @@ from pallas_kernels.mosaic_gpu import common
 from parallax_jax import attention, compare
 from parallax_jax.workloads import BY_NAME, Workload
 
-KERNELS = ["parallax_forward", "parallax_backward_rows", "parallax_backward_columns"]
+ONE_PASS = ["parallax_forward", "parallax_backward_stats", "parallax_backward"]
+TWO_PASSES = ["parallax_forward", "parallax_backward_rows", "parallax_backward_columns"]
 
 
 def gpu(kind: str) -> AbstractMesh:
     return AbstractMesh((), (), abstract_device=AbstractDevice(kind, num_cores=None, platform="gpu"))
 
 
-# Each takes about 10 seconds in the interpreter, so two calls cover what they can: heads that share keys, rows that
-# fill no tile, rows that see nothing, a window over packed ragged rows, widths that need padding, a negative scale.
+# Each takes about 10 seconds in the interpreter, so a few calls cover what they can: heads that share keys, rows that
+# fill no tile, rows that see nothing, a window over packed ragged rows, widths that need padding, a negative scale;
+# programs that add to the same rows, of which each rounds some (under a causal mask) or the last all.
 @pytest.mark.parametrize(
     ("workload", "dtype"),
     [
         (Workload("shared_keys", 1, 70, 2, 64, keys=40, kv_heads=1, query_offset=-5), "bfloat16"),
-        (Workload("masks", 1, 136, 1, 40, value_dim=50, segments=2, window=50, ragged=True, scale=-0.2), "float16"),
+        (Workload("wide", 1, 200, 1, 128, keys=300, query_offset=60), "bfloat16"),
+        (Workload("full", 1, 130, 1, 64, keys=140, is_causal=False), "float16"),
+        (
+            Workload("masks", 1, 136, 2, 40, kv_heads=1, value_dim=50, segments=2, window=50, ragged=True, scale=-0.2),
+            "float16",
+        ),
     ],
     ids=lambda x: x.name if isinstance(x, Workload) else x,
 )
@@ -37,14 +44,14 @@ def test_interpreted(workload, dtype):
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"),
+    ("name", "dtype", "kernels"),
     [
-        ("gqa_wide_head", "bfloat16"),
-        ("packed_full", "float16"),
-        ("ragged_window", "bfloat16"),
+        ("gqa_wide_head", "bfloat16", ONE_PASS),
+        ("packed_full", "float16", TWO_PASSES),
+        ("ragged_window", "bfloat16", TWO_PASSES),
     ],
 )
-def test_lowers_for_cuda(name, dtype):
+def test_lowers_for_cuda(name, dtype, kernels):
     workload = BY_NAME[name]
     operands = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape in workload.shapes]
 
@@ -55,8 +62,8 @@ def test_lowers_for_cuda(name, dtype):
     with jax.sharding.use_abstract_mesh(gpu("NVIDIA H100 80GB HBM3")):
         traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))).trace(*operands)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("custom_call @mosaic_gpu") == len(KERNELS)
-    assert all(kernel in text for kernel in KERNELS)
+    assert text.count("custom_call @mosaic_gpu") == len(kernels)
+    assert all(f"{kernel}_mosaic_gpu" in text for kernel in kernels)
 
 
 @pytest.mark.parametrize(

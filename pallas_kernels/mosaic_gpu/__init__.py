@@ -61,7 +61,7 @@ def forward(query, probe, key, value, mask, *, scale, block_sizes):
 def backward(query, probe, key, value, mask, out, v_mean, lse, t_mean, dout, *, scale, block_sizes):
     """Returns (dquery, dprobe, dkey, dvalue)."""
     config = _config(key, query, mask, block_sizes)
-    stages = dict(row_stages=config.row_stages, column_stages=config.column_stages)
+    stages = {name: getattr(config, name) for name in ("fused_stages", "row_stages", "column_stages")}
     kernel = functools.partial(_backward.backward, scale=scale, **stages)
     width = _width(query, value)
     operands = _pad(width, query, probe, key, value)

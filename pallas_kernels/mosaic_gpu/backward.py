@@ -1,4 +1,4 @@
-"""Backward pass of Parallax attention for Hopper: one kernel over query rows, one over keys, no atomics."""
+"""Backward pass of Parallax attention for Hopper: one kernel for plain masks, else one over rows and one over keys."""
 
 import functools
 import types
@@ -10,38 +10,42 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import tiles
-from pallas_kernels.mosaic_gpu import common
+from pallas_kernels.mosaic_gpu import common, fused
 from pallas_kernels.mosaic_gpu.common import BLOCK, GROUPS
 
 
 def backward(
-    query, probe, key, value, mask, out, v_mean, lse, t_mean, dout, *, scale, row_stages, column_stages, interpret
+    query,
+    probe,
+    key,
+    value,
+    mask,
+    out,
+    v_mean,
+    lse,
+    t_mean,
+    dout,
+    *,
+    scale,
+    fused_stages,
+    row_stages,
+    column_stages,
+    interpret,
 ):
     """Returns (dquery, dprobe, dkey, dvalue); widths of heads and values are both 64 or both 128."""
     num_queries, num_keys = query.shape[1], key.shape[1]
     masks = common.Masks(mask, num_queries, num_keys)
+    static = dict(scale=scale, interpret=interpret)
     query, probe, key, value, dout = common.pad_rows(query, probe, *masks.hide_padding(key, value), dout)
     out, v_mean = common.pad_rows(out, v_mean, multiple=GROUPS * BLOCK)
     pad = ((0, 0), (0, 0), (0, -num_queries % (GROUPS * BLOCK)))
     lse, t_mean = jnp.pad(lse, pad, constant_values=jnp.inf), jnp.pad(t_mean, pad)  # rows past T get p = 0
-    dq, dr, stats = _rows(
-        query,
-        probe,
-        key,
-        value,
-        dout,
-        out,
-        v_mean,
-        lse,
-        t_mean,
-        masks,
-        scale=scale,
-        stages=row_stages,
-        interpret=interpret,
-    )
-    dk, dv = _columns(
-        query, probe, key, value, dout, stats, masks, scale=scale, stages=column_stages, interpret=interpret
-    )
+    operands, results = (query, probe, key, value, dout), (out, v_mean, lse, t_mean)
+    if masks.is_plain:  # earlier keys see all rows that later keys see: sums over keys need no more than an order
+        dq, dr, dk, dv = fused.gradients(*operands, *results, masks, stages=fused_stages, **static)
+    else:
+        dq, dr, stats = _rows(*operands, *results, masks, stages=row_stages, **static)
+        dk, dv = _columns(*operands, stats, masks, stages=column_stages, **static)
     return dq[:, :num_queries], dr[:, :num_queries], dk[:, :num_keys], dv[:, :num_keys]
 
 
@@ -52,8 +56,6 @@ def _rows(query, probe, key, value, dout, out, v_mean, lse, t_mean, masks, *, sc
     dtype = query.dtype
     c = scale * tiles.LOG2_E
     num_row_blocks = lse.shape[2] // (GROUPS * BLOCK)
-    # dO . value starts while the probe scores are still on their way, where masks leave the registers for it.
-    a_is_early = masks.is_plain
 
     def kernel(q_ref, r_ref, k_ref, v_ref, do_ref, out_ref, v_mean_ref, lse_ref, t_mean_ref, *refs, **scratch):
         s = types.SimpleNamespace(**scratch)
@@ -99,17 +101,12 @@ def _rows(query, probe, key, value, dout, out, v_mean, lse, t_mean, masks, *, sc
                 def weights(j, masked):
                     t1 = common.read(s1, pending=1)
                     visible = masks.visible(mask_refs, batch_index, rows.start, j * BLOCK) if masked else None
-                    p = tiles.backward_weights(t1, c, visible, row_stat(0))
-                    if a_is_early:
-                        p = lax.optimization_barrier(p.astype(jnp.float16))
-                        common.start_product(a, do, s.v.at[slot(j)], interpret)
-                    return p
+                    return tiles.backward_weights(t1, c, visible, row_stat(0))
 
                 def add_keys(j, p, then):
-                    w = tiles.combined_weights(p.astype(jnp.float32), common.read(s2), row_stat(1))
-                    if not a_is_early:
-                        p, w = lax.optimization_barrier((p.astype(jnp.float16), w))
-                        common.start_product(a, do, s.v.at[slot(j)], interpret)
+                    w = tiles.combined_weights(p, common.read(s2), row_stat(1))
+                    p, w = lax.optimization_barrier((p.astype(jnp.float16), w))
+                    common.start_product(a, do, s.v.at[slot(j)], interpret)
                     x = common.read(a)
                     plgpu.barrier_arrive(s.v_ring["free"].at[slot(j)])
                     ds1, ds2 = tiles.score_gradients(p.astype(jnp.float32), w, x, row_stat(2), row_stat(3))

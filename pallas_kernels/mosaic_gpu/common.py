@@ -128,6 +128,23 @@ def add_product(accumulator, a: jax.Array, b, interpret: bool) -> None:
         plgpu.wgmma(accumulator, a, b)
 
 
+def add_to(destination, source, is_first: jax.Array, interpret: bool) -> None:
+    """Starts destination += source, from shared to global memory, or destination = source if nobody came before."""
+    if interpret:  # Pallas' interpreter does not know sums in memory
+
+        @pl.when(is_first)
+        def _store():
+            destination[...] = source[...]
+
+        @pl.when(~is_first)
+        def _add():
+            destination[...] = destination[...] + source[...]
+
+    else:
+        plgpu.copy_smem_to_gmem(source, destination, predicate=is_first)
+        plgpu.copy_smem_to_gmem(source, destination, predicate=is_first ^ True, reduction_op="add")
+
+
 def row_layout(axis: int) -> plgpu.Layout:
     """Layout of a vector that runs along `axis` of a tile."""
     return plgpu.Layout.WGMMA.reduce(1 - axis)
