@@ -41,7 +41,7 @@ from train.optimizer import group_of, make_optimizer
 
 LOG = Path(__file__).parents[1] / "docs" / "results" / "codesign.jsonl"
 VOCAB, WARMUP, DECAY = 257, 20, 0.2
-RATES = {"muon": (1e-2, 2e-2, 4e-2, 8e-2), "adamw": (1e-3, 2e-3, 4e-3, 8e-3)}
+RATES = {"muon": (1e-2, 2e-2, 4e-2, 8e-2), "adamw": (2.5e-4, 5e-4, 1e-3, 2e-3)}
 OTHER_RATES = {"embedding": 1.5e-3, "norm": 3e-4}  # the same for both optimizers
 LOOKS = 4  # evenly spaced moments at which a run's attention and weights are described
 
