@@ -192,11 +192,12 @@ def gradients(
                     start_centred(a, 2, step, s.v.at[group + hidden(j)], s.do)
                     common.add_product(dv, w, do, interpret)
                     p, d = p.astype(jnp.float32), common.read(a, pending=1)
-                    ds1, ds2 = p * (tiles.spread(row_stat(step, 3), p, -2) - s2_centred * d), -p * d
+                    ds2 = -p * d
+                    ds1 = ds2 * s2_centred + p * tiles.spread(row_stat(step, 3), p, -2)
                     ds1, ds2 = lax.optimization_barrier(((ds1 * scale).astype(dtype), ds2.astype(dtype)))
                     plgpu.wgmma_wait(0)
                     pl.when(step > 0)(lambda: plgpu.barrier_wait(s.written))
-                    ds[0, group], ds[1, group] = ds1, ds2
+                    ds[0, group + hidden(j)], ds[1, group + hidden(j)] = ds1, ds2
                     plgpu.commit_smem()
                     plgpu.barrier_arrive(s.ds_ready)
                     common.add_product(dk, ds1, q, interpret)
