@@ -63,13 +63,16 @@ def softmax_peers(workload: workloads.Workload) -> dict:
 
 
 def torch_peers(names: list[str]) -> list[dict]:
-    """Rows of `benchmarks.torch_peers`, run beside this process so that both frameworks have a GPU to themselves."""
-    command = [sys.executable, "-m", "benchmarks.torch_peers", *names]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        print("torch peers not timed: exit code", done.returncode)
-        return []
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    """Rows of `benchmarks.torch_peers`, in a process of its own that ends before JAX needs the GPU."""
+    command, rows = [sys.executable, "-m", "benchmarks.torch_peers", *names], []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as peers:
+        for line in peers.stdout:
+            if line.startswith("{"):
+                print(line, end="", file=sys.stderr, flush=True)
+                rows.append(json.loads(line))
+    if peers.returncode:
+        print("torch peers: exit code", peers.returncode)
+    return rows
 
 
 def compiled(attention, workload: workloads.Workload, num_operands: int):
@@ -125,6 +128,11 @@ def main() -> None:
         parser.error(f"--workloads: unknown {unknown[0]!r}, allowed are {', '.join(workloads.BY_NAME)}")
 
     rows, calls = [], []
+    if not options.no_peers and platform == "gpu":
+        for row in torch_peers(options.workloads):
+            products = (2, 7) if row["implementation"].startswith("softmax") else (4, 15)
+            timed = "error" not in row and "out" not in row
+            rows.append(row | rates(row, workloads.BY_NAME[row["workload"]], products) if timed else row)
     for name in options.workloads:
         workload = workloads.BY_NAME[name]
         for implementation in options.implementations:
@@ -147,15 +155,6 @@ def main() -> None:
         row = dict(workload=workload.name, implementation=name)
         rows.append(row | time_row(pair, workload, operands, cotangent, products))
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    if not options.no_peers and platform == "gpu":
-        for row in torch_peers(options.workloads):
-            products = (2, 7) if row["implementation"].startswith("softmax") else (4, 15)
-            rows.append(
-                row
-                if "error" in row or "out" in row
-                else row | rates(row, workloads.BY_NAME[row["workload"]], products)
-            )
-
     print(f"{kind}, jax {jax.__version__}, bfloat16; ratio = time / {BASELINE}")
     print(
         f"{'workload':<16}{'implementation':<28}{'fwd ms':>9}{'TF/s':>7}{'ratio':>7}"

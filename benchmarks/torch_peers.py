@@ -3,16 +3,16 @@
 Looks for parallax-kernel and flash-linear-attention; softmax attention comes from torch itself. Times are sums of
 kernel times from torch's profiler. Only plain causal workloads run: the published window is wrong at tile borders.
 For workloads of `workloads.ACCURACY` the row holds errors against float64 instead, on this project's own inputs.
-The published kernels are compiled first, one process a tile and workload, into Triton's cache: one after another takes
-minutes.
+The published kernels are compiled first, by many processes, into Triton's cache: one after another takes minutes.
 """
 
 import argparse
 import concurrent.futures
 import contextlib
+import itertools
 import json
+import multiprocessing
 import os
-import subprocess
 import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # jax draws the inputs and computes the float64 reference; the GPU is torch's
@@ -148,17 +148,14 @@ def main() -> None:
         default=[name for name, make in PEERS.items() if make is not published_fla],
         help="default: all but flash-linear-attention, whose autotuner takes minutes",
     )
-    parser.add_argument("--compile-tile", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.manual_seed(0)
     names = [name for name in options.workloads if runs(workloads.BY_NAME[name])]
-    if options.compile_tile is not None:
-        compile_tile(*names, options.compile_tile)
-        return
-    command = [sys.executable, "-m", "benchmarks.torch_peers", "--compile-tile"]
-    jobs = [[*command, str(i), name] for name in names for i in range(len(TILES))]
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda job: subprocess.run(job, capture_output=True), jobs))
+    # Processes forked from one that has imported torch but not started CUDA: importing takes longer than compiling.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "parallax.triton.parallax_train", "parallax_jax.workloads"])
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), context) as pool:
+        list(pool.map(compile_tile, *zip(*itertools.product(names, range(len(TILES))), strict=True)))
     print("compiled", file=sys.stderr, flush=True)
     for name in names:
         workload = workloads.BY_NAME[name]
