@@ -4,6 +4,9 @@ from collections.abc import Callable
 
 import jax
 
+HOPPER = "H100", "H200", "H800", "H20"  # in the names of devices; that of a GH200 holds one of them, too
+BLACKWELL = "B200", "B300"
+
 
 def target() -> tuple[str, str]:
     """(platform, device kind) of the code being traced: the mesh's devices, else JAX's default backend.

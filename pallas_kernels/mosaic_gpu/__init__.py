@@ -11,7 +11,6 @@ from pallas_kernels.mosaic_gpu import backward as _backward
 from pallas_kernels.mosaic_gpu import forward as _forward
 
 WIDTHS = 64, 128  # of heads and values; others are padded with zeros
-HOPPER = "H100", "H200", "H800", "H20", "GH200"
 
 
 def unsupported(query, probe, key, value, mask, *, scale, block_sizes) -> str | None:
@@ -24,7 +23,7 @@ def unsupported(query, probe, key, value, mask, *, scale, block_sizes) -> str | 
     if block_sizes is not None and not isinstance(block_sizes, MosaicGpuBlockSizes):
         return f"block_sizes: needs MosaicGpuBlockSizes, got {type(block_sizes).__name__}"
     platform, kind = device.target()
-    if platform != "cpu" and not any(name in kind for name in HOPPER):
+    if platform != "cpu" and not any(name in kind for name in device.HOPPER):
         return f"implementation: needs a Hopper GPU (wgmma), got {kind}"
     return None
 

@@ -296,24 +296,12 @@ def _columns(query, probe, key, value, dout, stats, masks, *, scale, stages, int
         @pl.when(group == GROUPS)
         def _copy():
             plgpu.set_max_registers(common.COPY_REGISTERS, action="decrease")
-            num_steps = group_heads * (last - first)
 
-            def load_rows(step, _):
-                slot = common.ring_slot(step, stages)
-                head = kv_head * group_heads + lax.div(step, last - first)
-                rows = pl.ds((first + lax.rem(step, last - first)) * BLOCK, BLOCK)
-                pl.when(step >= stages)(lambda: plgpu.barrier_wait(s.ring["free"].at[slot]))
-                ready = s.ring["ready"].at[slot]
-                for src, dst in ((q_ref, s.q), (r_ref, s.r), (do_ref, s.do)):
-                    plgpu.copy_gmem_to_smem(src.at[batch_index, rows, head], dst.at[slot], ready)
-                plgpu.copy_gmem_to_smem(stat_ref.at[batch_index, head, :, rows], s.stat.at[slot], ready)
+            def row_tile(step):
+                return kv_head * group_heads + lax.div(step, last - first), first + lax.rem(step, last - first)
 
-            for i in range(GROUPS):
-                keys = pl.ds(key + i * BLOCK, BLOCK)
-                for src, dst in ((k_ref, s.k), (v_ref, s.v)):
-                    plgpu.copy_gmem_to_smem(src.at[batch_index, keys, kv_head], dst.at[i], s.keys_ready.at[i])
-            lax.fori_loop(0, num_steps, load_rows, None)
-            common.drain(s.ring["free"], num_steps, stages)
+            refs, num_steps = (q_ref, r_ref, do_ref, stat_ref, k_ref, v_ref), group_heads * (last - first)
+            common.load_keys_and_rows(s, refs, batch_index, kv_head, key, num_steps, row_tile, stages)
 
     tile = functools.partial(common.swizzled, BLOCK, head_dim, dtype=dtype)
     return plgpu.kernel(

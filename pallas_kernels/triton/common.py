@@ -180,7 +180,7 @@ def release_next(x: jax.Array) -> jax.Array:
     On Hopper and later XLA launches Triton kernels as programmatic dependents: each waits at its start until the one
     before has ended.
     """
-    if not any(name in device.target()[1] for name in ("H100", "H200", "H800", "H20", "B200", "B300")):
+    if not any(name in device.target()[1] for name in device.HOPPER + device.BLACKWELL):
         return x
     asm = "griddepcontrol.launch_dependents; mov.f32 $0, $1;"
     shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
