@@ -100,8 +100,16 @@ class _TritonDecode:
     num_stages: int
 
 
+@dataclasses.dataclass(frozen=True)
 class TritonDecodeBlockSizes(_TritonDecode):
-    """Launch of decode's kernels in Pallas: block_k, num_splits, num_warps, num_stages."""
+    """Launch of decode's kernels in Pallas: block_k, num_splits, num_warps, num_stages, rotate.
+
+    Attributes:
+      rotate: whether every sequence begins at another tile. Those that begin at the same one and keep step read
+        addresses that differ by the size of a sequence's cache, which memory serves more slowly.
+    """
+
+    rotate: bool = False
 
 
 class TritonLangDecodeBlockSizes(_TritonDecode):

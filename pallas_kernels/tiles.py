@@ -88,17 +88,29 @@ def _nonzero(d1: jax.Array) -> jax.Array:
     return jnp.where(d1 == 0, 1.0, d1)
 
 
+def sums(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Sums of two tiles over the key axis."""
+    return jnp.sum(x, axis=-1), jnp.sum(y, axis=-1)
+
+
 def weigh(
-    state: State, s1: jax.Array, s2: jax.Array, c: float, visible: jax.Array | None
+    state: State,
+    s1: jax.Array,
+    s2: jax.Array,
+    c: float,
+    visible: jax.Array | None,
+    sums: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]] = sums,
 ) -> tuple[State, jax.Array, jax.Array]:
     """The first half of `update`: the state moved to the tile's maximum and mean, and the weights p and p (t - t_mean).
 
-    What is left to do is to add the products of these weights with the tile's values to o1 and o2.
+    What is left to do is to add the products of these weights with the tile's values to o1 and o2. `sums` may be a
+    kernel's own version of the function of that name.
     """
     m, a, p = softmax_weights(state.m, s1, c, visible)
     old = a * state.d1
-    d1 = old + jnp.sum(p, axis=-1)
-    t_mean = (old * state.t_mean + jnp.sum(p * s2, axis=-1)) / _nonzero(d1)
+    p_sum, t_sum = sums(p, p * s2)
+    d1 = old + p_sum
+    t_mean = (old * state.t_mean + t_sum) / _nonzero(d1)
     o1 = spread(a, state.o1) * state.o1
     o2 = spread(a, state.o2) * state.o2 + spread(state.t_mean - t_mean, o1) * o1
     return State(m, d1, t_mean, o1, o2), p, p * (s2 - spread(t_mean, s2))

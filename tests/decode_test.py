@@ -28,7 +28,10 @@ class TestXla(DecodeConformance):
 
 class TestTriton(DecodeConformance):
     implementation = "triton"
-    block_sizes = tuple(TritonDecodeBlockSizes(*sizes, 2, 2) for sizes in ((16, 1), (32, 2), (16, 8)))
+    block_sizes = tuple(
+        TritonDecodeBlockSizes(*sizes, 2, 2, rotate)
+        for *sizes, rotate in ((16, 1, False), (32, 2, False), (16, 8, False), (16, 1, True), (16, 2, True))
+    )
 
 
 @pytest.mark.parametrize(("batch", "page_size", "kernels"), [(64, None, 1), (2, None, 2), (2, 64, 2)])

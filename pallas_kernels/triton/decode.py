@@ -21,8 +21,10 @@ from pallas_kernels.block_sizes import TritonDecodeBlockSizes
 from pallas_kernels.triton import common
 
 MAX_QUERIES = 16  # more new tokens than this are a prefill: the forward kernel's work
-MERGED = 4096  # elements of an accumulator that are merged at once
+MERGED = 4096  # elements of an accumulator that a program of `append` merges at once
+MERGED_COLUMNS = 512  # columns times splits that a program of the merge kernel merges
 ROW_BYTES = 16384  # of queries that a program holds; larger groups are cut into blocks of rows
+TURN = 37  # tiles by which the start of a program lies behind that of the one before
 
 
 @functools.partial(
@@ -170,19 +172,34 @@ def _divmod(x, y: int):
     return lax.div(x, y), lax.rem(x, y)
 
 
-def _stack(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Two (8, n) tiles as one (16, n). In a tensor core's layout rows i and i + 8 share a thread: nothing moves."""
+def _pair(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Two arrays of one shape along a new first axis."""
     shape = (2, *x.shape)
     first = lax.broadcasted_iota(jnp.int32, shape, 0) == 0
-    x, y = (lax.broadcast_in_dim(z, shape, (1, 2)) for z in (x, y))
-    return jnp.where(first, x, y).reshape(16, x.shape[2])
+    x, y = (lax.broadcast_in_dim(z, shape, tuple(range(1, len(shape)))) for z in (x, y))
+    return jnp.where(first, x, y)
+
+
+def _unpair(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The two along the first axis."""
+    first = lax.broadcasted_iota(jnp.int32, x.shape, 0) == 0
+    # The compiler drops a sum with -0.0, one with 0.0 it must not.
+    return jnp.sum(jnp.where(first, x, -0.0), axis=0), jnp.sum(jnp.where(first, -0.0, x), axis=0)
+
+
+def _stack(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Two (8, n) tiles as one (16, n). In a tensor core's layout rows i and i + 8 share a thread: nothing moves."""
+    return _pair(x, y).reshape(16, x.shape[1])
 
 
 def _unstack(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The two (8, n) halves of a (16, n) tile."""
-    x = x.reshape(2, 8, x.shape[1])
-    first = lax.broadcasted_iota(jnp.int32, x.shape, 0) == 0
-    return jnp.sum(jnp.where(first, x, 0.0), axis=0), jnp.sum(jnp.where(first, 0.0, x), axis=0)
+    return _unpair(x.reshape(2, 8, x.shape[1]))
+
+
+def _sums(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Sums over the keys of two (8, n) tiles, for which the warps of a program meet once."""
+    return _unpair(jnp.sum(_pair(x, y), axis=2))
 
 
 def _turned(ref, gain_ref, rotation, epsilon, b, heads, columns, inside):
@@ -289,13 +306,13 @@ def _kernel(
         is_query = lax.broadcast_in_dim(both < 8, half.shape, (0,))
         q, r = read(tokens, heads, columns, inside & is_query, inside & ~is_query)
         qr = q + r
-        scores = lambda k: _unstack(dot(qr, k))
-        times_value = lambda p, p2, v: _unstack(dot(_stack(p, p2).astype(v.dtype), v))
+        scores, sums = lambda k: _unstack(dot(qr, k)), _sums
+        add = lambda o1, o2, p, p2, v: _unstack(_stack(o1, o2) + dot(_stack(p, p2).astype(v.dtype), v))
     else:
         _, tokens, heads, columns, inside = rows.spread(q_ref.shape[3], row, token, head)
         q, r = read(tokens, heads, columns, inside, inside)
-        scores = lambda k: (dot(q, k), dot(r, k))
-        times_value = lambda p, p2, v: (dot(p.astype(v.dtype), v), dot(p2.astype(v.dtype), v))
+        scores, sums = lambda k: (dot(q, k), dot(r, k)), tiles.sums
+        add = lambda o1, o2, p, p2, v: (o1 + dot(p.astype(v.dtype), v), o2 + dot(p2.astype(v.dtype), v))
 
     length = jnp.minimum(mask.lengths[b], num_keys)
     offset = (length - num_queries) if mask.offset is None else mask.offset[b]
@@ -309,18 +326,23 @@ def _kernel(
     end = blocks.visible_end(offset, num_queries, length, True)
     share, _ = _divmod(bounds.last - bounds.first + config.num_splits - 1, config.num_splits)
     start = bounds.first + split * share
+    stop = jnp.minimum(start + share, bounds.last)
+    count = jnp.maximum(stop - start, 1)
+    turn = _divmod((b * config.num_splits + split) * TURN, count)[1] if config.rotate else 0
+    # Any order of the tiles gives the same sums.
+    place = lambda j: jnp.where(j + turn < stop, j + turn, j + turn - count) if config.rotate else j
 
     def absorb(state, k, v, visible):
-        state, p, p2 = tiles.weigh(state, *scores(k), scale * tiles.LOG2_E, visible)
-        pv, p2v = times_value(p, p2, v)
-        return state._replace(o1=state.o1 + pv, o2=state.o2 + p2v)
+        state, p, p2 = tiles.weigh(state, *scores(k), scale * tiles.LOG2_E, visible, sums)
+        o1, o2 = add(state.o1, state.o2, p, p2, v)
+        return state._replace(o1=o1, o2=o2)
 
     def page_of(j):
         page, _ = _divmod(j * config.block_k, page_size)
         return jnp.clip(pages_ref[b, jnp.minimum(page, pages_ref.shape[1] - 1)], 0, num_pages - 1)
 
     def step(j, carry):
-        key = j * config.block_k
+        key = place(j) * config.block_k
         sequence, state = carry
         local = key if pages_ref is None else _divmod(key, page_size)[1]
         limit = end - key + local
@@ -336,14 +358,14 @@ def _kernel(
         if fresh is not None and fresh.ring:
             visible &= key + lax.broadcasted_iota(jnp.int32, shape, 1) != new.row  # it left the window
         # The next page is looked up a tile ahead: loads that wait for a load cannot be pipelined.
-        sequence = b if pages_ref is None else page_of(j + 1)
+        sequence = b if pages_ref is None else page_of(place(j + 1))
         return sequence, absorb(state, k, v, visible)
 
     state = tiles.initial_state((rows.size,), common.padded(value_dim))
     if fresh is not None and not interpret:
         state = state._replace(m=common.release_next(state.m))
-    first = b if pages_ref is None else page_of(start)
-    _, state = lax.fori_loop(start, jnp.minimum(start + share, bounds.last), step, (first, state))
+    first = b if pages_ref is None else page_of(place(start))
+    _, state = lax.fori_loop(start, stop, step, (first, state))
     if fresh is not None:
         # The last split has the fewest keys.
         is_last = split == config.num_splits - 1
@@ -372,35 +394,41 @@ def _kernel(
     @pl.when(arrived == config.num_splits - 1)
     def _():
         count = min(rows.size, pl.next_power_of_2(rows.total))
-        size = min(count, max(1, MERGED // (config.num_splits * common.padded(value_dim))))
-        merge = lambda i, _: _merge(tiles.State(*out_refs), out_ref, b, kv, block * rows.size + i * size, size, rows)
+        width = common.padded(value_dim)
+        size = min(count, max(1, MERGED // (config.num_splits * width)))
+        states, first = tiles.State(*out_refs), block * rows.size
+        merge = lambda i, _: _merge(states, out_ref, b, kv, first + i * size, size, rows, 0, width)
         lax.fori_loop(0, count // size, merge, None)
         counters[program * rows.blocks + block] = 0  # for the next layer
 
 
-def _merge_kernel(state_refs: tiles.State, out_ref, *, rows: _Rows):
-    program, row = _divmod(pl.program_id(0), rows.total)
+def _merge_kernel(state_refs: tiles.State, out_ref, *, rows: _Rows, width: int):
+    columns = pl.cdiv(out_ref.shape[3], width)
+    program, column = _divmod(pl.program_id(0), columns)
+    program, row = _divmod(program, rows.total)
     b, kv = _divmod(program, state_refs.o1.shape[1])
-    _merge(state_refs, out_ref, b, kv, row, 1, rows)
+    _merge(state_refs, out_ref, b, kv, row, 1, rows, column * width, width)
 
 
-def _merge(state_refs: tiles.State, out_ref, b, kv, first, size: int, rows: _Rows) -> None:
-    """Merges the splits' states of rows [first, first + size) and writes their output."""
+def _merge(state_refs: tiles.State, out_ref, b, kv, first, size: int, rows: _Rows, first_column, width: int) -> None:
+    """Merges the splits' states of `size` rows and `width` columns from the first of each on; writes their output."""
     num_splits, value_dim = state_refs.o1.shape[3:]
-    shape = (num_splits, size, common.padded(value_dim))
+    shape = (num_splits, size, width)
     split, row, column = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in range(3))
-    inside = (first + row < rows.total) & (column < value_dim)
+    inside = (first + row < rows.total) & (first_column + column < value_dim)
 
     def load(ref):
         if ref.ndim == 5:
-            return plt.load(ref.at[b, kv, first + row, split, column], mask=inside, other=0.0)
+            at = ref.at[b, kv, first + row, split, first_column + column]
+            return plt.load(at, mask=inside, other=0.0)
         split_, row_ = (lax.broadcasted_iota(jnp.int32, shape[:2], axis) for axis in range(2))
         return plt.load(ref.at[b, kv, first + row_, split_], mask=first + row_ < rows.total, other=0.0)
 
     out, *_ = tiles.finish(tiles.merge(tiles.State(*map(load, state_refs))))
     row, column = (lax.broadcasted_iota(jnp.int32, shape[1:], axis) for axis in range(2))
-    inside = (first + row < rows.total) & (column < value_dim)
-    token, head = rows.read(first + row, kv)
+    row, column = first + row, first_column + column
+    token, head = rows.read(row, kv)
+    inside = (row < rows.total) & (column < value_dim)
     plt.store(out_ref.at[b, token, head, column], out.astype(out_ref.dtype), mask=inside)
 
 
@@ -448,13 +476,13 @@ def _decode(
         return *results[:3], counters if config.num_splits == 1 else results[3]
     if config.num_splits == 1:
         return results[0]
-    warps = min(8, max(1, config.num_splits * common.padded(value_dim) // MERGED))
+    # One warp, which reduces over the splits within its threads; few columns, so that many programs load.
+    width = min(common.padded(value_dim), max(16, MERGED_COLUMNS // config.num_splits))
     return pl.pallas_call(
-        functools.partial(_merge_kernel, rows=rows),
+        functools.partial(_merge_kernel, rows=rows, width=width),
         out_shape=out,
-        grid=common.grid_size(batch, num_kv_heads, rows.total),
-        # One warp reduces over the splits within its threads.
-        compiler_params=plt.CompilerParams(num_warps=warps, num_stages=1),
+        grid=common.grid_size(batch, num_kv_heads, rows.total, pl.cdiv(value_dim, width)),
+        compiler_params=plt.CompilerParams(num_warps=1, num_stages=1),
         interpret=interpret,
         name="parallax_decode_merge",
     )(results)
