@@ -151,9 +151,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     names = [name for name in options.workloads if runs(workloads.BY_NAME[name])]
-    # Processes forked from one that has imported torch but not started CUDA: importing takes longer than compiling.
+    # Processes forked from one that has imported torch and nothing that starts CUDA, which no fork survives.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "parallax.triton.parallax_train", "parallax_jax.workloads"])
+    context.set_forkserver_preload(["torch"])
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), context) as pool:
         list(pool.map(compile_tile, *zip(*itertools.product(names, range(len(TILES))), strict=True)))
     print("compiled", file=sys.stderr, flush=True)
