@@ -2,11 +2,10 @@
 
 Sums of GPU kernel times by CUPTI, all in one process on one GPU. Peers: the published CuTe and Triton kernels of
 Parallax (parallax-kernel), and softmax decode by cuDNN (jax.nn) and FlashAttention-3 (flash-attn3-jax), the best of
-its split counts. A ratio above 1 says that the peer takes longer.
+its split counts. A ratio above 1 says that the peer takes longer. `--sweep` times launches of ours instead.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -21,6 +20,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs m
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from benchmarks.timing import jax_kernels, torch_kernels
 from pallas_kernels.block_sizes import TritonDecodeBlockSizes
@@ -59,15 +59,20 @@ def paper_grid() -> list[Shape]:
     ]
 
 
+MAIN = [Shape(b, length) for b in (1, 32) for length in (512, 1024, 4096, 16384)]
 SETS = {
-    "main": [Shape(b, length) for b in (1, 32) for length in (512, 1024, 4096, 16384)],
+    "main": MAIN,
     "single": [Shape(1, length) for length in (512, 1024, 4096, 16384)],
     "gqa": [Shape(32, 4096, h, k) for h, k in ((8, 8), (32, 8), (16, 8), (64, 8), (8, 1))],
     "paged": [Shape(32, 4096, page_size=p) for p in (None, 16, 64, 256)]
     + [Shape(1, 16384, page_size=p) for p in (None, 64)],
     "long": [Shape(1, 131072), Shape(4, 131072), Shape(8, 65536)],
+    "sweep": [*MAIN, Shape(32, 4096, 16), Shape(32, 4096, 32)],
     "paper": paper_grid(),
+    "paper64": [shape for shape in paper_grid() if shape.head_dim == 64],
+    "paper128": [shape for shape in paper_grid() if shape.head_dim == 128],
 }
+CHECKED_BYTES = 1 << 31  # of keys and values: where there are more, "xla" may not have the memory
 
 
 def draw(shape: Shape):
@@ -155,40 +160,56 @@ def read_bandwidth() -> float:
     return x.nbytes / time * 1e6
 
 
-def compile_all(shapes: list[Shape], peers: list[str]) -> dict:
-    """(shape, name) -> its compiled calls, side by side: a list, or the reason why there is none."""
+def compile_all(jobs: dict) -> dict:
+    """Name -> (function, *arguments) becomes name -> executable, or why there is none; side by side."""
 
     def compiled(job):
-        shape, name = job
+        if isinstance(job, str):
+            return job
+        function, *arguments = job
         try:
-            if name in JAX_PEERS:
-                calls = [] if shape.page_size else JAX_PEERS[name](shape)
-            else:
-                calls = [ours(name)]
-            args = jax.eval_shape(functools.partial(draw, shape))
-            return [jax.jit(call).lower(*args).compile() for call in calls]
-        except Exception as error:  # a peer that cannot run this shape costs its column, not the table
+            return jax.jit(function).lower(*arguments).compile()
+        except Exception as error:  # a call that cannot run costs its place in the table, not the table
             return repr(error)[:200]
 
-    jobs = [(shape, name) for shape in shapes for name in ("triton", "xla", *peers)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(jobs, pool.map(compiled, jobs), strict=True))
+        return dict(zip(jobs, pool.map(compiled, jobs.values()), strict=True))
 
 
-def bench(shape: Shape, peers: list[str], calls: dict, bandwidth: float) -> dict:
-    """One row of the table: times in us, ratios, relative Frobenius error against "xla"."""
-    args = draw(shape)
-    (call,), (reference,) = calls[shape, "triton"], calls[shape, "xla"]
-    time, kernels = jax_kernels(call, *args)
-    out, expected = (x(*args).astype(jnp.float32) for x in (call, reference))
-    row = {"shape": str(shape), **dataclasses.asdict(shape), "us": time, "kernels": kernels}
-    row["error"] = float(jnp.linalg.norm(out - expected) / jnp.linalg.norm(expected))
-    row["bandwidth_share"] = shape.bytes / time * 1e6 / bandwidth
-    for name in peers:
-        found = calls[shape, name]
+def bench_jobs(shape: Shape, peers: list[str]) -> dict:
+    """What `bench` needs compiled, by shape, name and number."""
+    arguments = jax.eval_shape(functools.partial(draw, shape))
+    jobs = {(shape, "draw", 0): (functools.partial(draw, shape),), (shape, "triton", 0): (ours("triton"), *arguments)}
+    if shape.bytes <= CHECKED_BYTES:
+        jobs[shape, "xla", 0] = ours("xla"), *arguments
+    for name in () if shape.page_size else peers:
         try:
-            if isinstance(found, str):
-                raise RuntimeError(found)
+            jobs |= {(shape, name, i): (call, *arguments) for i, call in enumerate(JAX_PEERS[name](shape))}
+        except Exception as error:  # not installed, or not for this shape
+            jobs[shape, name, 0] = repr(error)[:200]
+    return jobs
+
+
+def relative_error(x, y) -> float:
+    """Of the Frobenius norm, on the host: nothing is compiled for it."""
+    x, y = (np.asarray(z).astype(np.float32) for z in (x, y))
+    return float(np.linalg.norm(x - y) / np.linalg.norm(y))
+
+
+def bench(shape: Shape, executables: dict, bandwidth: float) -> dict:
+    """One row of the table: times in us, ratios, relative Frobenius error against "xla"."""
+    args = executables[shape, "draw", 0]()
+    call = executables[shape, "triton", 0]
+    time, kernels = jax_kernels(call, *args)
+    row = {"shape": str(shape), **dataclasses.asdict(shape), "us": time, "kernels": kernels}
+    if reference := executables.get((shape, "xla", 0)):
+        row["error"] = relative_error(call(*args), reference(*args))
+    row["bandwidth_share"] = shape.bytes / time * 1e6 / bandwidth
+    for name in JAX_PEERS:
+        found = [x for (at, peer, _), x in executables.items() if (at, peer) == (shape, name)]
+        try:
+            if reasons := [x for x in found if isinstance(x, str)]:
+                raise RuntimeError(reasons[0])
             if found:
                 row[name] = min(jax_kernels(call, *args)[0] for call in found)
         except Exception as error:  # a peer that cannot run this shape costs its column, not the table
@@ -210,39 +231,90 @@ def show(row: dict) -> None:
     peers = [f"{name} {row[name]:.2f} ({row[name] / row['us']:.2f}x)" for name in PEERS if name in row]
     failed = [f"{name} failed: {row[f'{name}_failed'][:60]}" for name in PEERS if f"{name}_failed" in row]
     share = f"{100 * row['bandwidth_share']:.0f} % of read bandwidth"
-    print(f"{row['shape']:36} {row['us']:9.2f} us  {share}  error {row['error']:.1e}  ", *peers, *failed, flush=True)
+    error = f"error {row['error']:.1e}" if "error" in row else "unchecked"
+    print(f"{row['shape']:36} {row['us']:9.2f} us  {share}  {error}  ", *peers, *failed, flush=True)
 
 
-def sweep(shape: Shape, keep: int = 6) -> list[tuple[float, TritonDecodeBlockSizes]]:
-    """Times block sizes and prints the best."""
-    programs = shape.batch * shape.kv_heads
-    splits = [s for s in (1, 2, 4, 8, 16, 32, 64) if 64 <= programs * s <= 2048 and shape.length // s >= 32]
-    candidates = [
-        TritonDecodeBlockSizes(block_k, s, warps, stages)
-        for block_k, s, warps, stages in itertools.product((16, 32, 64, 128), splits, (1, 2, 4, 8), (2, 3, 4, 5))
-        if block_k * shape.head_dim * 4 * stages <= 200_000
-        and block_k * s <= shape.length
-        and block_k * warps <= 512
-        and (s == 1 or (block_k >= 32 and warps >= 2 and stages <= 3))  # few programs: latency counts
-    ]
-    args = draw(shape)
+# (keys in a tile, warps, stages) by the programs that a core must hold at once for one wave: so many stages as its
+# shared memory has room for at head width 128.
+LAUNCHES = {
+    1: ((64, 4, 3), (64, 4, 5), (64, 2, 3), (128, 8, 3), (32, 2, 4)),
+    2: ((32, 2, 4), (32, 2, 6), (64, 4, 3), (64, 4, 4), (64, 2, 3)),
+    4: ((32, 1, 4), (32, 2, 4), (32, 1, 3), (16, 1, 6)),
+    8: ((16, 1, 3), (32, 1, 2), (16, 2, 3)),
+}
 
-    def compiled(sizes):
-        with contextlib.suppress(Exception):
-            return jax.jit(ours("triton", sizes)).lower(*args).compile()
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        functions = list(pool.map(compiled, candidates))
+def launches(shape: Shape, cores: int) -> list[TritonDecodeBlockSizes]:
+    """Launches worth timing, in one wave of programs; with rotation where sequences run side by side."""
+    found = {}
+    for splits in (1 << i for i in range(7)):
+        programs, keys = shape.batch * shape.kv_heads * splits, shape.length // splits
+        a_core = 1 << max(0, math.ceil(programs / cores) - 1).bit_length()
+        if keys < 32 or a_core not in LAUNCHES or (keys > 512 and 2 * programs <= cores):
+            continue
+        for block_k, warps, stages in LAUNCHES[a_core]:
+            if block_k <= keys:
+                stages = max(2, min(stages, keys // block_k + 1))
+                found[TritonDecodeBlockSizes(block_k, splits, warps, stages, rotate=shape.batch > 1)] = None
+    return list(found)
+
+
+def time_launches(shape: Shape, executables: dict, iterations: int) -> list[tuple[float, TritonDecodeBlockSizes]]:
+    """(us, launch) of one shape, best first; `executables` by (shape, launch), and by "draw" and "xla" for launch."""
+    args = executables[shape, "draw"]()
+    expected = executables[shape, "xla"](*args)
     times = []
-    for sizes, function in zip(candidates, functions, strict=True):
-        if function is not None:
-            times.append((jax_kernels(function, *args, iterations=8)[0], sizes))
-    times.sort(key=lambda pair: pair[0])
-    chosen = heuristic(args[0], *args[2:4], Mask(None, args[4]), args[5])
-    for time, sizes in [x for i, x in enumerate(times) if i < keep or x[1] == chosen]:
-        default = "  (the default)" if sizes == chosen else ""
-        print(f"  {shape}: {time:8.2f} us  {sizes}{default}", flush=True)
-    return times
+    for (at, sizes), function in executables.items():
+        if at != shape or sizes in ("draw", "xla"):
+            continue
+        if isinstance(function, str):
+            print(f"  {shape}: refused {sizes}: {function[:80]}", flush=True)
+        elif (error := relative_error(function(*args), expected)) > 1e-2:
+            print(f"  {shape}: WRONG by {error:.1e}: {sizes}", flush=True)
+        else:
+            times.append((jax_kernels(function, *args, iterations=iterations)[0], sizes))
+    return sorted(times, key=lambda pair: pair[0])
+
+
+def sweep(shapes: list[Shape], bandwidth: float, keep: int = 3) -> list[dict]:
+    """Times launches, then the best of each shape again, with and without rotation; prints those and the default."""
+    cores = jax.devices()[0].core_count
+    jobs, default = {}, {}
+    for shape in shapes:
+        arguments = jax.eval_shape(functools.partial(draw, shape))
+        query, _, key, value, lengths, table = arguments
+        default[shape] = heuristic(query, key, value, Mask(None, lengths), table)
+        jobs[shape, "draw"] = (functools.partial(draw, shape),)
+        jobs[shape, "xla"] = ours("xla"), *arguments
+        for sizes in (default[shape], *launches(shape, cores)):
+            jobs[shape, sizes] = ours("triton", sizes), *arguments
+    executables = compile_all(jobs)
+    first = {shape: time_launches(shape, executables, 8) for shape in shapes}
+    best = {
+        (shape, dataclasses.replace(sizes, rotate=rotate))
+        for shape in shapes
+        for _, sizes in first[shape][:keep]
+        for rotate in (False, True)
+    }
+    arguments = {shape: arguments for (shape, name), (_, *arguments) in jobs.items() if name == "xla"}
+    missing = {(shape, sizes): (ours("triton", sizes), *arguments[shape]) for shape, sizes in best - jobs.keys()}
+    executables |= compile_all(missing)
+    again = best | default.items() | {(shape, name) for shape in shapes for name in ("draw", "xla")}
+    executables = {name: x for name, x in executables.items() if name in again}
+    rows = []
+    for shape in shapes:
+        second = time_launches(shape, executables, 30)
+        for us, sizes in second:
+            share = 100 * shape.bytes / us * 1e6 / bandwidth
+            note = "  (the default)" if sizes == default[shape] else ""
+            print(f"{shape}: {us:8.2f} us, {share:3.0f} %  {sizes}{note}", flush=True)
+        rows += [
+            {"shape": str(shape), "us": us, "iterations": iterations, **dataclasses.asdict(sizes)}
+            for iterations, times in ((8, first[shape]), (30, second))
+            for us, sizes in times
+        ]
+    return rows
 
 
 def main() -> None:
@@ -258,26 +330,40 @@ def main() -> None:
         parser.error(f"times GPU kernels, and this is a {jax.default_backend()}")
     if unknown:
         parser.error(f"unknown set {unknown.pop()!r}, choose from {', '.join(SETS)}")
-    shapes = list(itertools.chain.from_iterable(SETS[name] for name in args.sets))
-    if args.sweep:
-        for shape in shapes:
-            sweep(shape)
-        return
+    shapes = list(dict.fromkeys(itertools.chain.from_iterable(SETS[name] for name in args.sets)))
     bandwidth = read_bandwidth()
-    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, read bandwidth {bandwidth / 1e12:.2f} TB/s")
+    record = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "read_bandwidth": bandwidth, "rows": []}
+    print(f"{record['device']}, jax {jax.__version__}, read bandwidth {bandwidth / 1e12:.2f} TB/s", flush=True)
+
+    def save() -> None:
+        """Writes what there is: a run that is cut off keeps its rows."""
+        if args.json:
+            with open(args.json, "w") as file:
+                json.dump(record, file, indent=1)
+
     # A peer draws its own operands beside ours.
     limit = jax.devices()[0].memory_stats()["bytes_limit"] / 2.5
     for shape in shapes:
         if shape.bytes > limit:
             print(f"{shape}: skipped, its keys and values take {shape.bytes / 2**30:.0f} GiB")
     shapes = [shape for shape in shapes if shape.bytes <= limit]
+    if args.sweep:
+        record["rows"] = sweep(shapes, bandwidth)
+        save()
+        return
     jax_peers, torch_peers = ([name for name in args.peers if name in peers] for peers in (JAX_PEERS, TORCH_PEERS))
-    calls = compile_all(shapes, jax_peers)
+    executables = compile_all({key: job for shape in shapes for key, job in bench_jobs(shape, jax_peers).items()})
     # All of JAX first: once torch's profiler has started, JAX's cannot.
-    rows = [bench(shape, jax_peers, calls, bandwidth) for shape in shapes]
-    for shape, row in zip(shapes, rows, strict=True):
+    rows = record["rows"]
+    for shape in shapes:
+        rows.append(bench(shape, executables, bandwidth))
+        if not torch_peers:
+            show(rows[-1])
+        save()
+    for shape, row in zip(shapes, rows, strict=True) if torch_peers else ():
         bench_torch(row, shape, torch_peers)
         show(row)
+        save()
     for name in PEERS:
         ratios = [row[name] / row["us"] for row in rows if name in row]
         if ratios:
@@ -286,10 +372,6 @@ def main() -> None:
             print(
                 f"{name}: geometric mean {mean:.2f}x over {len(ratios)} shapes, {100 * at_least:.0f} % at 1.0 or more"
             )
-    if args.json:
-        record = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "read_bandwidth": bandwidth}
-        with open(args.json, "w") as file:
-            json.dump({**record, "rows": rows}, file, indent=1)
 
 
 if __name__ == "__main__":
