@@ -1,7 +1,8 @@
-"""The paper's figure of decode ratios from timings: `python -m benchmarks.decode_report ROWS.json FIGURE.png`.
+"""The paper's figure of decode ratios from timings: `python -m benchmarks.decode_report ROWS.json... FIGURE.png`.
 
-ROWS.json is what `python -m benchmarks.decode paper --json ROWS.json` wrote. Ratios are the time of the faster of the
-softmax peers over the time of Parallax, at equal head_dim and for Parallax with 64 against softmax with 128.
+ROWS.json is what `python -m benchmarks.decode paper --json ROWS.json` wrote, or one of paper64 and one of paper128.
+Ratios are the time of the faster of the softmax peers over the time of Parallax, at equal head_dim and for Parallax
+with 64 against softmax with 128.
 """
 
 import argparse
@@ -44,7 +45,8 @@ def ratios(rows: list[dict]) -> dict[str, dict[tuple[int, int], float]]:
 
 def draw(tables: dict, title: str, path: pathlib.Path) -> None:
     """One heat map a comparison; white is 1, blue faster, red slower; blank where no peer ran."""
-    figure, axes = plt.subplots(1, len(tables), figsize=(5 * len(tables), 4.6), sharey=True, layout="constrained")
+    size = (5 * len(tables), 4.6)
+    figure, (axes,) = plt.subplots(1, len(tables), figsize=size, sharey=True, squeeze=False, layout="constrained")
     for axis, (name, table) in zip(axes, tables.items(), strict=True):
         heads, lengths = (sorted({shape[i] for shape in table}) for i in (0, 1))
         grid = np.full((len(lengths), len(heads)), np.nan)
@@ -59,9 +61,9 @@ def draw(tables: dict, title: str, path: pathlib.Path) -> None:
         axis.set_yticks(range(len(lengths)), lengths)
         axis.set(title=f"{name}: {mean(table):.2f}x", xlabel="batch x heads")
     axes[0].set_ylabel("keys")
-    bar = figure.colorbar(image, ax=axes, ticks=[-1, -0.5, 0, 0.5, 1])
+    bar = figure.colorbar(image, ax=axes, pad=0.01, ticks=[-1, -0.5, 0, 0.5, 1])
     bar.ax.set_yticklabels(["0.5", "0.7", "1", "1.4", "2"])
-    figure.suptitle(title)
+    figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=150)
 
 
@@ -72,17 +74,20 @@ def mean(table: dict) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.decode_report", description=__doc__.split("\n\n")[0])
-    parser.add_argument("rows", type=pathlib.Path)
+    parser.add_argument("rows", type=pathlib.Path, nargs="+")
     parser.add_argument("figure", type=pathlib.Path)
     options = parser.parse_args()
-    record = json.loads(options.rows.read_text())
-    tables = {name: table for name, table in ratios(record["rows"]).items() if table}
+    records = [json.loads(path.read_text()) for path in options.rows]
+    if len({record["device"] for record in records}) > 1:
+        parser.error(f"rows: of different devices, {', '.join(record['device'] for record in records)}")
+    rows = [row for record in records for row in record["rows"]]
+    tables = {name: table for name, table in ratios(rows).items() if table}
     for name, table in tables.items():
         below = {shape: ratio for shape, ratio in sorted(table.items()) if ratio < 1}
         print(f"{name}: geometric mean {mean(table):.2f}x, {len(table) - len(below)} of {len(table)} at 1.0 or more")
         for (heads, length), ratio in below.items():
             print(f"  below: batch x heads {heads}, {length} keys: {ratio:.2f}")
-    draw(tables, f"Time of softmax decode / time of Parallax decode, {record['device']}", options.figure)
+    draw(tables, f"Softmax's time / Parallax's, one new token, {records[0]['device']}", options.figure)
 
 
 if __name__ == "__main__":

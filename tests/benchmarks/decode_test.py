@@ -1,0 +1,32 @@
+import math
+
+import pytest
+
+from benchmarks import decode
+from benchmarks.decode import Shape
+
+
+@pytest.mark.parametrize("shape", decode.SETS["sweep"], ids=str)
+def test_swept_launches_fit_one_wave(shape):
+    """132 cores with 227 KiB of shared memory each, of which a program takes one more KiB than it asks for."""
+    launches = decode.launches(shape, 132)
+    assert len(launches) == len(set(launches)) >= 10
+    for launch in launches:
+        a_core = math.ceil(shape.batch * shape.kv_heads * launch.num_splits / 132)
+        tiles = 2 * shape.head_dim * 2 * launch.block_k * (launch.num_stages - 1)
+        assert a_core * (tiles + 5 * 1024) <= 227 * 1024
+        assert launch.block_k * launch.num_splits <= shape.length
+
+
+def test_a_call_that_fails_costs_its_own_place():
+    found = decode.compile_all({"sum": (lambda x: x + 1, 2.0), "bad": (lambda x: x.nothing, 1.0), "not": "no reason"})
+    assert found["sum"](2.0) == 3
+    assert "nothing" in found["bad"]
+    assert found["not"] == "no reason"
+
+
+def test_grid_is_the_papers():
+    assert len(set(decode.SETS["paper"])) == 216
+    assert set(decode.SETS["paper"]) == {*decode.SETS["paper64"], *decode.SETS["paper128"]}
+    assert max(shape.batch * shape.kv_heads for shape in decode.SETS["paper"]) == 2048
+    assert Shape(256, 32768) in decode.SETS["paper128"]
