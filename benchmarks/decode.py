@@ -67,7 +67,7 @@ SETS = {
     "paged": [Shape(32, 4096, page_size=p) for p in (None, 16, 64, 256)]
     + [Shape(1, 16384, page_size=p) for p in (None, 64)],
     "long": [Shape(1, 131072), Shape(4, 131072), Shape(8, 65536)],
-    "sweep": [*MAIN, Shape(32, 4096, 16), Shape(32, 4096, 32)],
+    "sweep": MAIN + [Shape(32, 4096, h, k, d) for h, k, d in ((16, 8, 128), (32, 8, 128), (8, 1, 128), (8, 8, 64))],
     "paper": paper_grid(),
     "paper64": [shape for shape in paper_grid() if shape.head_dim == 64],
     "paper128": [shape for shape in paper_grid() if shape.head_dim == 128],
@@ -235,8 +235,8 @@ def show(row: dict) -> None:
     print(f"{row['shape']:36} {row['us']:9.2f} us  {share}  {error}  ", *peers, *failed, flush=True)
 
 
-# (keys in a tile, warps, stages) by the programs that a core must hold at once for one wave: so many stages as its
-# shared memory has room for at head width 128.
+# (keys in a tile of head width 128, warps, stages) by the programs that a core must hold at once for one wave: no more
+# stages than its shared memory has room for.
 LAUNCHES = {
     1: ((64, 4, 3), (64, 4, 5), (64, 2, 3), (128, 8, 3), (32, 2, 4)),
     2: ((32, 2, 4), (32, 2, 6), (64, 4, 3), (64, 4, 4), (64, 2, 3)),
@@ -254,6 +254,7 @@ def launches(shape: Shape, cores: int) -> list[TritonDecodeBlockSizes]:
         if keys < 32 or a_core not in LAUNCHES or (keys > 512 and 2 * programs <= cores):
             continue
         for block_k, warps, stages in LAUNCHES[a_core]:
+            block_k *= 128 // shape.head_dim
             if block_k <= keys:
                 stages = max(2, min(stages, keys // block_k + 1))
                 found[TritonDecodeBlockSizes(block_k, splits, warps, stages, rotate=shape.batch > 1)] = None
