@@ -67,7 +67,8 @@ SETS = {
     "paged": [Shape(32, 4096, page_size=p) for p in (None, 16, 64, 256)]
     + [Shape(1, 16384, page_size=p) for p in (None, 64)],
     "long": [Shape(1, 131072), Shape(4, 131072), Shape(8, 65536)],
-    "sweep": MAIN + [Shape(32, 4096, h, k, d) for h, k, d in ((16, 8, 128), (32, 8, 128), (8, 1, 128), (8, 8, 64))],
+    "sweep": [*MAIN, Shape(256, 1024)]
+    + [Shape(32, 4096, h, k, d) for h, k, d in ((16, 8, 128), (32, 8, 128), (8, 1, 128), (8, 8, 64))],
     "paper": paper_grid(),
     "paper64": [shape for shape in paper_grid() if shape.head_dim == 64],
     "paper128": [shape for shape in paper_grid() if shape.head_dim == 128],
@@ -246,14 +247,15 @@ LAUNCHES = {
 
 
 def launches(shape: Shape, cores: int) -> list[TritonDecodeBlockSizes]:
-    """Launches worth timing, in one wave of programs; with rotation where sequences run side by side."""
+    """Launches worth timing, in one wave of programs if that can be; with rotation where sequences run side by side."""
     found = {}
     for splits in (1 << i for i in range(7)):
         programs, keys = shape.batch * shape.kv_heads * splits, shape.length // splits
         a_core = 1 << max(0, math.ceil(programs / cores) - 1).bit_length()
-        if keys < 32 or a_core not in LAUNCHES or (keys > 512 and 2 * programs <= cores):
+        if keys < 32 or (keys > 512 and 2 * programs <= cores):
             continue
-        for block_k, warps, stages in LAUNCHES[a_core]:
+        fitting = LAUNCHES.get(a_core, LAUNCHES[2] + LAUNCHES[4] + LAUNCHES[8] if splits == 1 else ())
+        for block_k, warps, stages in fitting:
             block_k *= 128 // shape.head_dim
             if block_k <= keys:
                 stages = max(2, min(stages, keys // block_k + 1))
