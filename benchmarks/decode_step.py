@@ -2,18 +2,20 @@
 
 First the fused step (`parallax_jax.step`) against the model's own blocks, on two layers; then the wall-clock time of
 steps in a row, as generation runs them, beside the time that one reading of weights and cache takes at the device's
-read bandwidth, and the kernels of one step. The default model is the paper's 0.6B (table 5). `--sweep` times launches
-of the products instead.
+read bandwidth, and the kernels of one step. The default model is the paper's 0.6B (table 5). `--sweep` times variants
+of the step at batch 1 instead; without programmatic dependent launches under XLA_FLAGS=--xla_gpu_enable_pdl=false.
 """
 
 import argparse
+import collections
 import dataclasses
 import functools
-import itertools
 import json
 import os
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from unittest import mock
 
 import flax.linen as nn
@@ -22,7 +24,7 @@ import jax.numpy as jnp
 
 from benchmarks.decode import read_bandwidth
 from benchmarks.timing import jax_kernels
-from pallas_kernels.triton import projection
+from pallas_kernels.triton import decode, projection
 from parallax_jax import step
 from parallax_jax.cache import KVCache, init_cache
 from parallax_jax.model import ModelConfig, TransformerLM
@@ -129,62 +131,135 @@ def bench(config: ModelConfig, batch: int, context: int, bandwidth: float, steps
     return row
 
 
-Pair = tuple[projection.Launch | None, projection.Launch | None]
+Launch = projection.Launch
 
 
-def candidates(weights: list[jax.Array], gated: bool) -> list[projection.Launch]:
-    """Launches of a product of one row whose tiles fit the registers."""
-    held = weights[0].shape[0] * (len(weights) if gated else 1)
-    choices = itertools.product((16, 32, 64), (512, 1024), (4, 8, 16))
-    return [projection.Launch(n, k, w, 1) for n, k, w in choices if 32 <= n * held // (32 * w) <= 256]
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """What differs from a step as it is by default.
+
+    Attributes:
+      ahead: what products read ahead (`step.AHEAD`).
+      launches: of a block's products by their names in `step.AHEAD`.
+      attention: fields of the launch of `append`.
+      options: of XLA.
+    """
+
+    ahead: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=lambda: step.AHEAD)
+    launches: dict[str, Launch] = dataclasses.field(default_factory=dict)
+    attention: dict[str, int] = dataclasses.field(default_factory=dict)
+    options: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def lower(self, config: ModelConfig, *arguments) -> jax.stages.Lowered:
+        """A step of this variant."""
+
+        def launch(rows, weights, gated):
+            first = "down" if weights[0].shape[0] == config.mlp_width else "out"
+            name = "gate" if gated else "in" if len(weights) > 1 else first
+            return self.launches.get(name) or default(rows, weights, gated)
+
+        heuristic = lambda *x: dataclasses.replace(append(*x), **self.attention)
+        default, append = projection._launch, decode.heuristic
+        with (
+            mock.patch.object(projection, "_launch", launch),
+            mock.patch.object(decode, "heuristic", heuristic),
+            mock.patch.object(step, "AHEAD", self.ahead),
+        ):
+            jax.clear_caches()
+            return decode_step.lower(config, Sampling(temperature=0), *arguments)
 
 
-def time_pairs(pairs: list[Pair], weights, gated: bool, calls: int = 20) -> list[tuple[float, Pair]]:
-    """Microseconds of both products of a layer, best first, in a chain over layers: as a step runs them."""
-    width, dtype = weights[0][0][0].shape[0], weights[0][0][0].dtype
-    arguments = jnp.ones((1, width), dtype), jnp.ones(width, dtype), weights
+FAR_AHEAD = {"in": ("gains", "out", "gate", "up"), "out": ("down",), "gate": ("next",), "down": ()}
+TILES = {"in": Launch(32, 128, 4, 4), **dict.fromkeys(("out", "gate", "down"), Launch(16, 128, 4, 4))}
+VARIANTS = {
+    "default": Variant(),
+    "no_graph": Variant(options={"xla_gpu_graph_min_graph_size": 1 << 20}),
+    "nothing_ahead": Variant(ahead=dict.fromkeys(step.AHEAD, ())),
+    "far_ahead": Variant(ahead=FAR_AHEAD),
+    "cache_ahead": Variant(ahead=step.AHEAD | {"in": ("gains", "cache", "out")}),
+    "few_warps": Variant(launches=dict.fromkeys(step.AHEAD, Launch(16, 1024, 8, 1))),
+    "wide": Variant(launches=dict.fromkeys(("in", "gate"), Launch(32, 1024, 16, 1))),
+    "narrow": Variant(launches=dict.fromkeys(("out", "down"), Launch(8, 1024, 8, 1))),
+    "tiles": Variant(launches=TILES),
+    "tiles_far_ahead": Variant(FAR_AHEAD, TILES),
+    "splits": Variant(attention={"num_splits": 32}),
+    "short_blocks": Variant(attention={"block_k": 32, "num_stages": 4}),
+}
 
-    def chain(pair, x, gain, weights):
-        for first, second in weights:
-            hidden, *_ = projection.project(x, first, gain=gain, gated=gated, launch=pair[0])
-            (x,) = projection.project(hidden, second, residual=x, launch=pair[1])
-        return x
 
-    def measure(call) -> float:
+def timeline(run: "_Steps", steps: int = 5) -> dict[str, float]:
+    """Microseconds of a step on the device, by kernel: from the end of the kernel before to the kernel's own.
+
+    "idle" is the time in which no kernel ran, "total" the sum. Empty where the profiler sees no kernel (in a graph).
+    """
+    options = jax.profiler.ProfileOptions()
+    options.host_tracer_level = options.python_tracer_level = 0
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder, profiler_options=options):
+            for _ in range(steps):
+                run()
+            jax.block_until_ready(run.state)
+        (path,) = Path(folder).rglob("*.xplane.pb")
+        planes = [plane for plane in jax.profiler.ProfileData.from_file(str(path)).planes if "GPU" in plane.name]
+        streams = [line for plane in planes for line in plane.lines if line.name.startswith("Stream")]
+        events = sorted((e.start_ns + e.duration_ns, e.start_ns, e.name) for line in streams for e in line.events)
+    if not events:
+        return {}
+    times, last = collections.Counter(), events[0][0]
+    for end, start, name in events[1:]:
+        times["idle"] += max(start - last, 0)
+        times[name] += end - max(start, last)
+        last = end
+    times = {name: time / steps / 1e3 for name, time in times.most_common()}
+    return {"total": sum(times.values())} | times
+
+
+@dataclasses.dataclass
+class _Steps:
+    """A compiled step and what it goes on from: token, whether it is the last, cache."""
+
+    program: jax.stages.Compiled
+    params: dict
+    state: list
+    draws: Draws
+
+    def __call__(self) -> None:
+        token, done, cache = self.state
+        self.state = self.program(self.params, cache, token, done, self.draws)
+
+
+def sweep(config: ModelConfig, context: int, steps: int, names: list[str]) -> list[dict]:
+    """Times steps of one sequence with the variants named, compiled at once."""
+    params, cache = random_parameters(config), random_cache(config, 1, context, context // 2)
+    draws = Draws(jax.random.split(jax.random.key(0), 1), jnp.full(1, -1, jnp.int32), jnp.int32(config.vocab_size))
+    state = jnp.ones(1, jnp.int32), jnp.zeros(1, bool)
+    lowered = [VARIANTS[name].lower(config, params, cache, *state, draws) for name in names]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        compile = lambda name, x: x.compile(compiler_options=VARIANTS[name].options)
+        programs = list(pool.map(compile, names, lowered))
+    rows = []
+    for name, program in zip(names, programs, strict=True):
+        cache = dataclasses.replace(cache, lengths=jnp.full(1, context - 4 * steps, jnp.int32))
+        run = _Steps(program, params, [*state, cache], draws)
+        tokens = [int((run(), run.state[0][0])[1]) for _ in range(8)]
         for _ in range(2):  # the first round warms up
             start = time.perf_counter()
-            jax.block_until_ready([call(*arguments) for _ in range(calls)])
-        return (time.perf_counter() - start) / calls / len(weights) * 1e6
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        build = lambda pair: jax.jit(functools.partial(chain, pair)).lower(*arguments).compile()
-        programs = list(pool.map(build, pairs))
-    return sorted(zip(map(measure, programs), pairs, strict=True), key=lambda timed: timed[0])
-
-
-def sweep(config: ModelConfig, layers: int = 28) -> list[dict]:
-    """Times launches of a block's four products at batch 1, two and two; prints the best beside the default."""
-    width, mlp = config.width, config.mlp_width
-    heads, kv_heads = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
-    parts = {
-        "attention": ([(width, n) for n in (heads, heads, kv_heads, kv_heads)], [(heads, width)]),
-        "mlp": ([(width, mlp)] * 2, [(mlp, width)]),
-    }
-    rows = []
-    for part, sides in parts.items():
-        draw = lambda key, shape: _normal(shape, config.dtype, 0.02, key)
-        weights = [
-            [[draw(key, x) for x in side] for side in sides] for key in jax.random.split(jax.random.key(0), layers)
-        ]
-        gated = part == "mlp"
-        pairs = [(None, None), *((launch, None) for launch in candidates(weights[0][0], gated))]
-        timed = time_pairs(pairs, weights, gated)
-        best = timed[0][1][0]
-        timed += time_pairs([(best, launch) for launch in candidates(weights[0][1], False)], weights, gated)
-        timed.sort(key=lambda pair: pair[0])
-        rows += [{"part": part, "us": us, "first": pair[0], "second": pair[1]} for us, pair in timed]
-        shown = timed[:6] + [x for x in timed if x[1] == (None, None)]
-        print(*(f"{part}: {us:6.2f} us a layer with {pair}" for us, pair in shown), sep="\n", flush=True)
+            for _ in range(steps):
+                run()
+            host = time.perf_counter() - start
+            jax.block_until_ready(run.state)
+            seconds = time.perf_counter() - start
+        rows.append(
+            {"variant": name, "step_us": 1e6 * seconds / steps, "host_us": 1e6 * host / steps, "tokens": tokens}
+        )
+        cache = run.state[2]  # the one before was donated
+        print("{variant:16} step {step_us:7.1f} us, the host's part {host_us:7.1f}; {tokens}".format(**rows[-1]))
+    for row, program in zip(rows, programs, strict=True):
+        run = _Steps(program, params, [*state, cache], draws)
+        run()
+        row["device"] = timeline(run)
+        cache = run.state[2]
+        print(row["variant"], "on the device:", *(f"{name[:24]} {us:.0f}" for name, us in row["device"].items()))
     return rows
 
 
@@ -194,14 +269,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 64], help="sequences")
     parser.add_argument("--context", type=int, default=4096, help="tokens in the cache")
     parser.add_argument("--steps", type=int, default=100, help="steps that are timed")
-    parser.add_argument("--sweep", action="store_true", help="time launches of the products instead")
+    parser.add_argument("--sweep", nargs="*", choices=VARIANTS, help="time variants of a step instead; none for all")
     parser.add_argument("--json", help="write the rows here")
     args = parser.parse_args()
     if jax.default_backend() != "gpu":
         parser.error(f"times a GPU, and this is a {jax.default_backend()}")
     record = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
-    if args.sweep:
-        record["rows"] = sweep(PAPER)
+    if args.sweep is not None:
+        record["rows"] = sweep(PAPER, args.context, args.steps, args.sweep or list(VARIANTS))
     else:
         bandwidth = record["read_bandwidth"] = read_bandwidth()
         print(f"{record['device']}, jax {jax.__version__}, read bandwidth {bandwidth / 1e12:.2f} TB/s", flush=True)

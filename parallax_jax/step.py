@@ -18,6 +18,8 @@ from pallas_kernels.blocks import Mask
 from parallax_jax.cache import KVCache
 from parallax_jax.layers import rotary_embedding
 
+# What each product of a block has read into the L2 cache for the kernels after it; "next" is for the next block.
+AHEAD = {"in": ("gains", "out"), "out": ("gate", "up"), "gate": ("down",), "down": ("next",)}
 _KERNELS = ("pallas_kernels.triton.projection", "pallas_kernels.triton.decode")
 
 
@@ -72,31 +74,40 @@ def layers(
     counters = jnp.zeros(batch * config.num_heads, jnp.int32)
     lengths = cache.grown(1, num_new)
     x, keys, values = x[:, 0], [], []
+    blocks = [nn.meta.unbox(params[f"layers_{i}"]) for i in range(config.num_layers)]
     for i, window in enumerate(config.windows):
         layer = {"key": cache.key[i], "value": cache.value[i], "page_table": cache.page_table, "counters": counters}
         mask = Mask(cache.lengths, lengths, window=None if cache.ring else window)
-        block = nn.meta.unbox(params[f"layers_{i}"])
-        x, key, value, counters = _block(config, cache.ring, block, x, rotation, mask, layer)
+        following = list(_first_weights(config, blocks[i + 1]).values()) if i + 1 < len(blocks) else []
+        x, key, value, counters = _block(config, cache.ring, blocks[i], following, x, rotation, mask, layer)
         keys.append(key)
         values.append(value)
     return x[:, None], tuple(keys), tuple(values)
 
 
+def _first_weights(config, params) -> dict[str, Float[Array, "D _"]]:
+    """Weights of a block's first product."""
+    names = ("query", "probe", "key", "value") if config.attention == "parallax" else ("query", "key", "value")
+    return {name: params["attention"][name]["kernel"].reshape(config.width, -1) for name in names}
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _block(config, ring, params, x, rotation, mask, cache):
+def _block(config, ring, params, following, x, rotation, mask, cache):
     """`parallax_jax.model.Block`; under jit, so that the layers of a model are traced once."""
     projection, decode = (triton_routes.load(name) for name in _KERNELS)
-    attention, mlp = params["attention"], params["mlp"]
-    has_probe = config.attention == "parallax"
-    names = ("query", "probe", "key", "value") if has_probe else ("query", "key", "value")
-    flat = [attention[name]["kernel"].reshape(x.shape[1], -1) for name in names]
-    products = projection.project(x, flat, gain=params["attention_norm"]["scale"], epsilon=config.norm_eps)
-    heads = {name: y.reshape(len(x), 1, -1, config.head_dim) for name, y in zip(names, products, strict=True)}
-    gain = lambda name: attention[f"{name}_norm"]["scale"] if f"{name}_norm" in attention else None
+    attention, mlp, first = params["attention"], params["mlp"], _first_weights(config, params)
+    gains = {name: attention[f"{name}_norm"]["scale"] for name in first if f"{name}_norm" in attention}
+    weights = {name: [mlp[name]["kernel"]] for name in ("gate", "up", "down")}
+    weights["out"] = [attention["out"]["kernel"].reshape(-1, x.shape[1])]
+    later = weights | {"gains": gains.values(), "cache": [cache["key"], cache["value"]], "next": following}
+    ahead = {name: [array for what in names for array in later[what]] for name, names in AHEAD.items()}
+    project = functools.partial(projection.project, epsilon=config.norm_eps)
+    products = project(x, list(first.values()), gain=params["attention_norm"]["scale"], ahead=ahead["in"])
+    heads = {name: y.reshape(len(x), 1, -1, config.head_dim) for name, y in zip(first, products, strict=True)}
     fresh = decode.Fresh(
         heads["key"],
         heads["value"],
-        tuple(gain(name) for name in ("query", "probe", "key")),
+        tuple(map(gains.get, ("query", "probe", "key"))),
         (rotation, rotation if config.probe_rope else None, rotation),
         config.norm_eps if config.qk_norm_eps is None else config.qk_norm_eps,
         ring,
@@ -112,9 +123,8 @@ def _block(config, ring, params, x, rotation, mask, cache):
         fresh,
         scale=config.head_dim**-0.5,
     )
-    kernel = attention["out"]["kernel"].reshape(-1, x.shape[1])
-    (x,) = projection.project(out.reshape(len(x), -1), [kernel], residual=x)
-    weights = [mlp[name]["kernel"] for name in ("gate", "up")]
-    (hidden,) = projection.project(x, weights, gain=params["mlp_norm"]["scale"], epsilon=config.norm_eps, gated=True)
-    (x,) = projection.project(hidden, [mlp["down"]["kernel"]], residual=x)
+    (x,) = project(out.reshape(len(x), -1), weights["out"], residual=x, ahead=ahead["out"])
+    gain, gate_up = params["mlp_norm"]["scale"], weights["gate"] + weights["up"]
+    (hidden,) = project(x, gate_up, gain=gain, gated=True, ahead=ahead["gate"])
+    (x,) = project(hidden, weights["down"], residual=x, ahead=ahead["down"])
     return x, key, value, counters

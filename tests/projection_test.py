@@ -1,12 +1,14 @@
 """Fused products of a few rows against the plain ones."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.triton.projection import Launch, project
+from pallas_kernels.triton.projection import MAX_HELD, Launch, _launch, project
 from parallax_jax.layers import RMSNorm
 
 
@@ -45,3 +47,22 @@ def test_gate_and_residual(rows, dtype, tolerance):
     close(hidden, nn.silu(x @ gate) * (x @ up), 2 * tolerance)
     (out,) = jax.jit(lambda h, w, r: project(h, [w], residual=r, launch=launch))(hidden, down, x)
     close(out, x + hidden @ down, tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("num_stages", [1, 3], ids=["registers", "tensor_cores"])
+def test_one_row_in_parts(num_stages, dtype, tolerance, gated):
+    """On the tensor cores as where its weights are too many for the registers; reading ahead changes nothing."""
+    x, gain, *weights = normal(9, (1, 80), (80,), (80, 40), (80, 40), dtype=dtype)
+    weights = [weight / 9 for weight in weights]
+    call = functools.partial(project, x, weights, gain=gain, gated=gated)
+    outs = call(launch=Launch(16, 32, 4, num_stages), ahead=weights)
+    for out, expected in zip(outs, call(), strict=True):
+        close(out, expected, tolerance)
+
+
+def test_long_products_leave_the_registers():
+    weight = jnp.zeros((MAX_HELD // 16, 48), jnp.bfloat16)
+    assert _launch(1, [weight], False).num_stages == 1
+    assert _launch(1, [weight, weight], True).num_stages > 1

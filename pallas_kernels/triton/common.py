@@ -1,7 +1,7 @@
 """What the Triton kernels share: masked loads and stores of one head's rows, bounds, and the loop over blocks."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -174,14 +174,52 @@ def grid_size(*sizes: int) -> tuple[int]:
     return (math.prod(sizes),)
 
 
+def _has_dependents() -> bool:
+    """Whether XLA launches Triton kernels as programmatic dependents: on Hopper and later."""
+    return any(name in device.target()[1] for name in device.HOPPER + device.BLACKWELL)
+
+
 def release_next(x: jax.Array) -> jax.Array:
     """`x`, float32; from its first use on the next kernel may take its place on the device and wait there.
 
     On Hopper and later XLA launches Triton kernels as programmatic dependents: each waits at its start until the one
     before has ended.
     """
-    if not any(name in device.target()[1] for name in device.HOPPER + device.BLACKWELL):
+    if not _has_dependents():
         return x
     asm = "griddepcontrol.launch_dependents; mov.f32 $0, $1;"
     shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
     return plt.elementwise_inline_asm(asm, args=[x], constraints="=f,f", pack=1, result_shape_dtypes=[shape])[0]
+
+
+def prefetch(refs, sizes: Sequence[int], programs: int) -> jax.Array:
+    """Asks the device to read arrays into its L2 cache, each of `programs` programs its share; nobody waits for it.
+
+    Args:
+      refs: of one element each, the arrays' first.
+      sizes: of the arrays, in bytes.
+      programs: of the kernel.
+
+    Returns:
+      0, int32, which the kernel must use: without a use there is no prefetch.
+    """
+    total = jnp.int32(0)
+    for ref, size in zip(refs, sizes, strict=True) if _has_dependents() else ():
+        size = size // 16 * 16
+        share = max(-(-size // (16 * programs)) * 16, 1024)
+        asm = f"""{{
+            .reg .pred here; .reg .b32 number; .reg .b64 start, rest;
+            mov.u32 number, %tid.x; setp.eq.u32 here, number, 0;
+            mov.u32 number, %ctaid.x; mul.wide.u32 start, number, {share}; setp.lt.and.u64 here, start, {size}, here;
+            sub.u64 rest, {size}, start; min.u64 rest, rest, {share}; cvt.u32.u64 number, rest;
+            add.u64 start, start, $1;
+            @here cp.async.bulk.prefetch.L2.global [start], number;
+            mov.b32 $0, $2;
+        }}"""
+        zero = jnp.zeros(ref.shape, jnp.int32)
+        shape = jax.ShapeDtypeStruct(zero.shape, zero.dtype)
+        (zero,) = plt.elementwise_inline_asm(
+            asm, args=[ref, zero], constraints="=r,l,r", pack=1, result_shape_dtypes=[shape]
+        )
+        total += jnp.sum(zero)
+    return total
