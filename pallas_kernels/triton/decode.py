@@ -210,7 +210,8 @@ def _turned(ref, gain_ref, rotation, epsilon, b, heads, columns, inside):
     partners = _divmod(columns + width // 2, width)[1]
     x, y = load(columns), load(partners)
     if gain_ref is not None:
-        inverse = tiles.spread((jnp.sum(x * x, axis=1) / width + epsilon) ** -0.5, x)
+        # Not ** -0.5, whose branches hold up the loads after them.
+        inverse = tiles.spread(lax.rsqrt(jnp.sum(x * x, axis=1) / width + epsilon), x)
         x, y = (z * inverse * factor(gain_ref, at) for z, at in ((x, columns), (y, partners)))
     if rotation is not None:
         own, partner = (plt.load(ref.at[b, columns], mask=inside, other=0.0) for ref in rotation)
