@@ -24,6 +24,7 @@ MAX_QUERIES = 16  # more new tokens than this are a prefill: the forward kernel'
 MERGED = 4096  # elements of an accumulator that a program of `append` merges at once
 MERGED_COLUMNS = 512  # columns times splits that a program of the merge kernel merges
 ROW_BYTES = 16384  # of queries that a program holds; larger groups are cut into blocks of rows
+LONG = 4096  # keys from which on programs that read whole sequences begin at different tiles
 TURN = 37  # tiles by which the start of a program lies behind that of the one before
 
 
@@ -95,19 +96,21 @@ def append(query, probe, key, value, counters, mask: blocks.Mask, page_table, fr
       The output (B, 1, N, Hv), key, value and counters. A token without a place in the cache is written nowhere.
     """
     config = block_sizes or heuristic(query, key, value, mask, page_table)
+    if block_sizes is None and not config.rotate:  # two warps have no registers for new rows beside a long tile
+        config = dataclasses.replace(config, num_warps=max(4, config.num_warps))
     call = functools.partial(_decode, scale=scale, config=config)
     return device.run(call, query, probe, key, value, counters, mask, page_table, fresh)
 
 
 def heuristic(query, key, value, mask: blocks.Mask, page_table) -> TritonDecodeBlockSizes:
-    """Launches that fit registers and shared memory; splits until one wave of programs fills the device."""
+    """Launches that fit registers and shared memory; splits until two programs a core run, of 64 keys or more each."""
     batch, num_queries = query.shape[:2]
     rows = _Rows.of(query, key, value)
     num_keys = key.shape[1] * (1 if page_table is None else page_table.shape[1])
     if mask.window is not None:
         num_keys = min(num_keys, mask.window + num_queries - 1)
     programs = batch * key.shape[2] * rows.blocks
-    splits = max(1, min(128 // programs, num_keys // 128))
+    splits = max(1, min(256 // programs, num_keys // 64))
     splits = 1 << (splits.bit_length() - 1)
     if query.dtype.itemsize == 4:
         return TritonDecodeBlockSizes(16, splits, 8, 3)
@@ -117,9 +120,10 @@ def heuristic(query, key, value, mask: blocks.Mask, page_table) -> TritonDecodeB
         return TritonDecodeBlockSizes(32 if width <= 128 else 16, splits, 8, 3)
     if held > 2048:
         return TritonDecodeBlockSizes(32, splits, 4, 3)
-    if splits == 1:
-        return TritonDecodeBlockSizes(32, 1, 2, 4 if width <= 128 else 3)
-    return TritonDecodeBlockSizes(64 if width <= 128 else 32, splits, 4, 3)
+    if splits == 1 and num_keys >= LONG and width <= 128:
+        return TritonDecodeBlockSizes(4096 // max(width, 64), 1, 2, 4, rotate=True)
+    block_k = 8192 // max(width, 64)
+    return TritonDecodeBlockSizes(block_k, splits, 2, 2 if num_keys < 2 * block_k * splits else 3)
 
 
 def _width(key, value) -> int:
