@@ -165,6 +165,11 @@ class Arm:
         validation = jax.lax.map(functools.partial(self._loss, state[0]), parts).mean()
         return state, losses, validation
 
+    def warm_up(self, tokens):
+        """Runs `advance` once: cuDNN records its attention at first, which fails while other threads use the GPU."""
+        key, scalars = jax.random.key(0), (jnp.float32(x) for x in (0, self.chunk, 0))
+        jax.block_until_ready(self.advance(self.init(key), tokens, key, *scalars))
+
     def train(self, run: Run, tokens, pool: ThreadPoolExecutor) -> tuple[dict, dict[int, Future]]:
         """Trains a run. `pool` describes the model at the start and at `LOOKS` moments while training goes on."""
         state, key = self.init(jax.random.key(run.seed)), jax.random.key(10_000 + run.seed)
@@ -277,8 +282,11 @@ def train_all(args: argparse.Namespace):
                 row["statistics"] = {str(step): look.result() for step, look in looks.items()}
                 log.write(json.dumps(row) + "\n")
 
-        for arm, optimizer in dict.fromkeys((run.arm, run.optimizer) for run in planned(args, rows)):
-            compiled(arm, optimizer)
+        arms = dict.fromkeys((run.arm, run.optimizer) for run in planned(args, rows))
+        programs = [future.result() for future in [compiled(*arm) for arm in arms]]
+        for program in programs:
+            program.warm_up(tokens)
+        print(f"{left():.0f} s left: {len(programs)} arms compiled", flush=True)
         seconds = {}  # arm -> of one update
         while (run := next(planned(args, rows), None)) is not None:
             program = compiled(run.arm, run.optimizer).result()
