@@ -17,13 +17,13 @@ from pallas_kernels.mosaic_gpu import common
 from pallas_kernels.mosaic_gpu.common import BLOCK, GROUPS
 
 KEYS = GROUPS * BLOCK  # keys of a program
-SUMS_IN_L2 = 32 << 20  # bytes, of the 50 MB that an H100's or H200's second-level cache holds
+SUMS_IN_FLIGHT = 64 << 20  # bytes: the second-level cache of an H100 or H200 holds 50 MB
 LEAST_HEADS = 8  # in flight at once: more programs of one head would only queue up for their turns
 
 
 def _heads_at_once(num_rows: int, head_dim: int, group_heads: int) -> int:
-    """How many kv heads are in flight together: as many as keep the sums for dquery and dprobe in the cache."""
-    return max(LEAST_HEADS, SUMS_IN_L2 // (2 * 4 * num_rows * head_dim * group_heads))
+    """How many kv heads are in flight together: the cache should hold most of their sums for dquery and dprobe."""
+    return max(LEAST_HEADS, SUMS_IN_FLIGHT // (2 * 4 * num_rows * head_dim * group_heads))
 
 
 def _row_stats(dout, out, v_mean, lse, t_mean, interpret):
@@ -115,26 +115,23 @@ def gradients(
         def num_steps():
             return group_heads * (last - first)
 
-        def head_of(i):
-            """The i-th query head of those that share the keys."""
-            return kv_head * group_heads + i
-
         def row_tile(step):
-            """(query head, row block) of a step."""
-            return head_of(lax.div(step, last - first)), last - 1 - lax.rem(step, last - first)
+            """(query head, row block) of a step: every head that shares the keys, then the row block before."""
+            return kv_head * group_heads + lax.rem(step, group_heads), last - 1 - lax.div(step, group_heads)
 
         def staged(kind):
             """The 64 columns each of a tile of sums, for dquery (0) or dprobe (1), on their way to memory."""
             return [s.staged.at[kind], *([staged_late.at[kind]] if halves > 1 else [])]
 
         def round_sums(kind):
-            """Of the row blocks to which no later key block adds: those above the rows of the next."""
+            """Of the row blocks to which no later key block adds: those above the rows of the next, the last steps."""
             next_first, *_ = masks.row_bounds(mask_refs, batch_index, key + KEYS)
-            count = jnp.where(block == num_key_blocks - 1, last, next_first) - first
+            done = jnp.where(block == num_key_blocks - 1, last, next_first)
             tile = s.q.at[kind]  # no product reads it any more
 
-            def round_rows(i, _):
-                rows, head = pl.ds((first + lax.rem(i, count)) * BLOCK, BLOCK), head_of(lax.div(i, count))
+            def round_rows(step, _):
+                head, row_block = row_tile(step)
+                rows = pl.ds(row_block * BLOCK, BLOCK)
                 sums = plgpu.load(
                     sum_refs[kind].at[batch_index, rows, head], layout=plgpu.Layout.WGMMA, optimized=False
                 )
@@ -144,7 +141,7 @@ def gradients(
                 plgpu.copy_smem_to_gmem(tile, row_gradient_refs[kind].at[batch_index, rows, head])
 
             plgpu.barrier_wait(s.summed.at[kind])
-            lax.fori_loop(0, group_heads * count, round_rows, None)
+            lax.fori_loop(group_heads * (last - done), num_steps(), round_rows, None)
 
         @pl.when(group < GROUPS)
         def _compute():
@@ -162,16 +159,16 @@ def gradients(
                     """0 that the compiler cannot see: addresses made with it stay in the loop, registers are scarce."""
                     return lax.shift_right_arithmetic(j, 31)
 
-                def start_s1(step, j):
-                    plgpu.barrier_wait(s.ring["ready"].at[slot(step)])
-                    common.start_product(s1, s.k.at[group + hidden(j)], s.q.at[slot(step)], interpret)
-
-                def start_centred(accumulator, i, step, a, b):
+                def centre(accumulator, i, step):
+                    """Sets the starting value, before any product starts: none runs on while registers are written."""
                     common.assign(accumulator, tiles.spread(row_stat(step, i), accumulator, -2), interpret)
-                    plgpu.wgmma(accumulator, a, b.at[slot(step)].transpose((1, 0)))
 
-                def start_s2(step, j):
-                    start_centred(s2, 1, step, s.k.at[group + hidden(j)], s.r)
+                def start_scores(step, j):
+                    plgpu.barrier_wait(s.ring["ready"].at[slot(step)])
+                    k, q, r = s.k.at[group + hidden(j)], s.q.at[slot(step)], s.r.at[slot(step)]
+                    centre(s2, 1, step)
+                    common.start_product(s1, k, q, interpret)
+                    plgpu.wgmma(s2, k, r.transpose((1, 0)))
 
                 def weights(step, j):
                     t1 = common.read(s1, pending=1)
@@ -189,19 +186,19 @@ def gradients(
                     s2_centred = common.read(s2)
                     w = -p * s2_centred
                     p, w = lax.optimization_barrier((p.astype(jnp.float16), w.astype(dtype)))
-                    start_centred(a, 2, step, s.v.at[group + hidden(j)], s.do)
+                    centre(a, 2, step)
+                    plgpu.wgmma(a, s.v.at[group + hidden(j)], do.transpose((1, 0)))
                     common.add_product(dv, w, do, interpret)
                     p, d = p.astype(jnp.float32), common.read(a, pending=1)
                     ds2 = -p * d
                     ds1 = ds2 * s2_centred + p * tiles.spread(row_stat(step, 3), p, -2)
                     ds1, ds2 = lax.optimization_barrier(((ds1 * scale).astype(dtype), ds2.astype(dtype)))
-                    plgpu.wgmma_wait(0)
+                    common.add_product(dk, ds1, q, interpret)
+                    common.add_product(dk, ds2, r, interpret)
                     pl.when(step > 0)(lambda: plgpu.barrier_wait(s.written))
                     ds[0, group + hidden(j)], ds[1, group + hidden(j)] = ds1, ds2
                     plgpu.commit_smem()
                     plgpu.barrier_arrive(s.ds_ready)
-                    common.add_product(dk, ds1, q, interpret)
-                    common.add_product(dk, ds2, r, interpret)
                     # One warpgroup sums dquery over all the program's keys, the other dprobe.
                     plgpu.barrier_wait(s.ds_ready)
                     plgpu.wgmma_wait(0)
@@ -215,17 +212,15 @@ def gradients(
                     plgpu.commit_smem()
                     plgpu.barrier_arrive(s.to_write.at[group])
                     if next_j is not None:
-                        start_s1(step + 1, next_j)
-                        start_s2(step + 1, next_j)
+                        start_scores(step + 1, next_j)
 
                 def body(step, carry):
                     j, p = carry
-                    next_j = jnp.where(j == first, last - 1, j - 1)
+                    next_j = jnp.where(lax.rem(step, group_heads) == 0, j - 1, j)  # row_tile's: a division would spill
                     add_rows(step - 1, j, p, next_j)
                     return next_j, weights(step, next_j)
 
-                start_s1(0, last - 1)
-                start_s2(0, last - 1)
+                start_scores(0, last - 1)
                 j, p = lax.fori_loop(1, num_steps(), body, (last - 1, weights(0, last - 1)))
                 add_rows(num_steps() - 1, j, p)
                 return common.read(dk, dv)
