@@ -16,6 +16,8 @@ import pathlib
 import subprocess
 import sys
 
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory too
+
 import jax
 import jax.numpy as jnp
 
@@ -63,7 +65,7 @@ def softmax_peers(workload: workloads.Workload) -> dict:
 
 
 def torch_peers(names: list[str]) -> list[dict]:
-    """Rows of `benchmarks.torch_peers`, in a process of its own that ends before JAX needs the GPU."""
+    """Rows of `benchmarks.torch_peers`, in a process of its own that ends before JAX needs the whole GPU."""
     command, rows = [sys.executable, "-m", "benchmarks.torch_peers", *names], []
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as peers:
         for line in peers.stdout:
@@ -127,26 +129,30 @@ def main() -> None:
     if unknown:
         parser.error(f"--workloads: unknown {unknown[0]!r}, allowed are {', '.join(workloads.BY_NAME)}")
 
-    rows, calls = [], []
-    if not options.no_peers and platform == "gpu":
-        for row in torch_peers(options.workloads):
-            products = (2, 7) if row["implementation"].startswith("softmax") else (4, 15)
-            timed = "error" not in row and "out" not in row
-            rows.append(row | rates(row, workloads.BY_NAME[row["workload"]], products) if timed else row)
+    rows, calls, accuracy = [], [], []
     for name in options.workloads:
         workload = workloads.BY_NAME[name]
+        if workload in workloads.ACCURACY:
+            accuracy.append(workload)
+            continue
         for implementation in options.implementations:
-            if workload in workloads.ACCURACY:
-                found = compare.errors(implementation, workload, "bfloat16")
-                rows.append(dict(workload=name, implementation=implementation) | found)
-                continue
             options_of_call = compare.options_of(implementation, workload, jnp.bfloat16) | workload.options()
             attention = functools.partial(parallax_attention, **options_of_call)
             calls.append((implementation, workload, attention, 4))
-        if not options.no_peers and workload not in workloads.ACCURACY:
+        if not options.no_peers:
             calls += [(peer, workload, attention, 3) for peer, attention in softmax_peers(workload).items()]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        executables = list(pool.map(lambda call: compiled(call[2], call[1], call[3]), calls))
+        executables = pool.map(lambda call: compiled(call[2], call[1], call[3]), calls)
+        if not options.no_peers and platform == "gpu":  # their processes have the GPU while ours is compiled
+            for row in torch_peers(options.workloads):
+                products = (2, 7) if row["implementation"].startswith("softmax") else (4, 15)
+                timed = "error" not in row and "out" not in row
+                rows.append(row | rates(row, workloads.BY_NAME[row["workload"]], products) if timed else row)
+        executables = list(executables)
+    for workload in accuracy:
+        for implementation in options.implementations:
+            found = compare.errors(implementation, workload, "bfloat16")
+            rows.append(dict(workload=workload.name, implementation=implementation) | found)
     for (name, workload, _, num_operands), pair in zip(calls, executables, strict=True):
         *operands, cotangent = workload.operands(jnp.bfloat16)
         if num_operands == 3:
