@@ -1,4 +1,4 @@
-"""Generation: ragged prompts in, tokens out, one compiled step for the whole run."""
+"""Generation: ragged prompts in, tokens out, a few tokens in every call of one compiled program."""
 
 import dataclasses
 import functools
@@ -91,8 +91,9 @@ def stream(
     vocab_size: int | None = None,
     cache: KVCache | None = None,
     prefill_chunk: int = 512,
+    tokens_per_call: int = 16,
 ) -> Iterator[np.ndarray]:
-    """Yields the next token of every sequence, step by step, while the device already computes the one after.
+    """Yields the next token of every sequence, step by step, while the device already computes those after.
 
     What a prompt gets depends on itself and its seed alone, not on what else is in the batch.
 
@@ -107,6 +108,9 @@ def stream(
       vocab_size: only ids below it are drawn, where the model's own is larger than the tokenizer's; None for all.
       cache: an empty cache to fill, which must not be used again; None for a contiguous one that fits.
       prefill_chunk: prompts are read in chunks of this many tokens.
+      tokens_per_call: the device computes this many tokens in a call, and they come together; 1 for each as soon as it
+        is drawn. Few and the host, which takes a millisecond to start a call, cannot keep pace with a fast GPU; the run
+        ends in the middle of a call, the rest of which is for nothing.
 
     Yields:
       int32 (B,), -1 for a sequence that has ended. The stop token itself is yielded.
@@ -114,7 +118,7 @@ def stream(
     Raises:
       ValueError: an argument is wrong, or the cache too small.
     """
-    lengths, capacity = _check(config, prompts, max_new_tokens, seed, cache, prefill_chunk)
+    lengths, capacity = _check(config, prompts, max_new_tokens, seed, cache, prefill_chunk, tokens_per_call)
     config, params = unstack_layers(dataclasses.replace(config, remat="none"), params)
     # Every product casts its matrix to this dtype: done once, a step reads no more than it needs.
     params = jax.tree.map(lambda x: x.astype(config.dtype) if x.ndim > 1 else x, params)
@@ -138,13 +142,16 @@ def stream(
     stop = jnp.asarray(list(stop_tokens) or [-1], jnp.int32)
     draws = Draws(keys, stop, jnp.int32(vocab_size or config.vocab_size))
     token, done = _first(config, sampling, params, last, cache.lengths, draws)
-    for left in reversed(range(max_new_tokens)):
-        ahead = (token, done)
-        if left:
-            token, done, cache = decode_step(config, sampling, params, cache, token, done, draws)
-        yield np.asarray(ahead[0])
-        if np.asarray(ahead[1]).all():
-            return
+    rows, left = token[None], max_new_tokens
+    while left > 0:
+        ready, left = rows, left - len(rows)
+        if left > 0:
+            state = (cache, token, done, np.int32(left), draws)
+            rows, cache, token, done = decode_steps(config, sampling, tokens_per_call, params, *state)
+        for row in np.asarray(ready)[: len(ready) + min(left, 0)]:
+            yield row
+            if np.isin(row, [-1, *stop_tokens]).all():
+                return
 
 
 class Draws(NamedTuple):
@@ -171,14 +178,38 @@ def _first(config, sampling, params, last, lengths, draws):
     return _draw(logits, lengths, jnp.zeros(lengths.shape, bool), draws, sampling)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "sampling"), donate_argnames="cache")
-def decode_step(config, sampling, params, cache, token, done, draws: Draws):
-    """Reads the last token of each sequence that goes on and draws the next."""
-    num_new = 1 - done.astype(jnp.int32)
-    tokens = jnp.maximum(token, 0)[:, None]
-    logits, cache = TransformerLM(config).apply({"params": params}, tokens, cache=cache, num_new=num_new)
-    token, done = _draw(logits[:, 0], cache.lengths, done, draws, sampling)
-    return token, done, cache
+@functools.partial(jax.jit, static_argnames=("config", "sampling", "steps"), donate_argnames="cache")
+def decode_steps(config, sampling, steps, params, cache, token, done, left, draws: Draws):
+    """Draws `steps` tokens of each sequence that goes on, in one call, for the host takes as long to start any call.
+
+    Args:
+      config: the model, its layers unstacked.
+      sampling: how a token is drawn.
+      steps: tokens of each sequence.
+      params: the model's parameters.
+      cache: of the tokens before `token`; donated.
+      token: int32 (B,), the last of each sequence.
+      done: bool (B,), sequences that have ended.
+      left: int32, the number of tokens after which all end.
+      draws: what tokens are drawn by.
+
+    Returns:
+      tokens, int32 (steps, B), -1 for a sequence that has ended; and cache, token and done for the next call.
+    """
+
+    def step(number, state):
+        tokens, cache, token, done = state
+        done |= number >= left
+        num_new = 1 - done.astype(jnp.int32)
+        inputs = jnp.maximum(token, 0)[:, None]
+        logits, cache = TransformerLM(config).apply({"params": params}, inputs, cache=cache, num_new=num_new)
+        token, done = _draw(logits[:, 0], cache.lengths, done, draws, sampling)
+        # Not an update of a slice, which XLA runs outside the graph that is all else of the step on a GPU.
+        tokens = jnp.where(jnp.arange(steps)[:, None] == number, token, tokens)
+        return tokens, cache, token, done
+
+    tokens = jnp.zeros((steps, len(token)), jnp.int32)
+    return jax.lax.fori_loop(0, steps, step, (tokens, cache, token, done))
 
 
 def _draw(logits, lengths, done, draws, sampling):
@@ -188,7 +219,7 @@ def _draw(logits, lengths, done, draws, sampling):
     return token, done | jnp.isin(token, draws.stop)
 
 
-def _check(config, prompts, max_new_tokens, seed, cache, prefill_chunk) -> tuple[np.ndarray, int]:
+def _check(config, prompts, max_new_tokens, seed, cache, prefill_chunk, tokens_per_call) -> tuple[np.ndarray, int]:
     """Returns the prompts' lengths and the capacity that the run needs."""
     lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
     if not len(lengths) or not lengths.min():
@@ -197,7 +228,8 @@ def _check(config, prompts, max_new_tokens, seed, cache, prefill_chunk) -> tuple
         low, high = min(prompt), max(prompt)
         if low < 0 or high >= config.vocab_size:
             raise ValueError(f"prompts: token ids must lie in [0, {config.vocab_size - 1}], got {low} to {high}")
-    for name, number in (("max_new_tokens", max_new_tokens), ("prefill_chunk", prefill_chunk)):
+    numbers = {"max_new_tokens": max_new_tokens, "prefill_chunk": prefill_chunk, "tokens_per_call": tokens_per_call}
+    for name, number in numbers.items():
         if number < 1:
             raise ValueError(f"{name}: must be an integer >= 1, got {number}")
     if not isinstance(seed, int) and len(seed) != len(prompts):

@@ -14,7 +14,7 @@ from benchmarks.decode_step import PAPER
 from parallax_jax import parallax_decode
 from parallax_jax.cache import init_cache
 from parallax_jax.model import TransformerLM
-from parallax_jax.sampling import Draws, Sampling, decode_step
+from parallax_jax.sampling import Draws, Sampling, decode_steps
 from train.gpus import gpu_devices
 
 pytestmark = pytest.mark.compile
@@ -41,7 +41,7 @@ def test_kernels_fit(card, batch, new, head_dim, dtype):
 
 @pytest.mark.parametrize("batch", [1, 5, 64])
 def test_a_step_is_five_kernels_a_block(batch):
-    """Nothing between them, and the cache, which is donated, is not copied."""
+    """Nothing between them, and the cache, which is donated and carried by a loop over tokens, is not copied."""
     config = dataclasses.replace(PAPER, num_layers=2, vocab_size=512)
     mesh = jax.sharding.Mesh(gpu_devices(1), ("x",))
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
@@ -49,14 +49,17 @@ def test_a_step_is_five_kernels_a_block(batch):
 
     def arguments():
         draws = Draws(jax.random.split(jax.random.key(0), batch), jnp.full(1, -1, jnp.int32), jnp.int32(512))
-        return init(), init_cache(config, batch, 4096), jnp.ones(batch, jnp.int32), jnp.zeros(batch, bool), draws
+        state = jnp.ones(batch, jnp.int32), jnp.zeros(batch, bool), jnp.int32(16)
+        return init(), init_cache(config, batch, 4096), *state, draws
 
     with jax.set_mesh(mesh):
-        traced = decode_step.trace(config, Sampling(0), *jax.tree.map(place, jax.eval_shape(arguments)))
+        traced = decode_steps.trace(config, Sampling(0), 16, *jax.tree.map(place, jax.eval_shape(arguments)))
         compiled = traced.lower(lowering_platforms=("cuda",)).compile(
             compiler_options={"xla_gpu_fail_ptx_compilation_on_register_spilling": True}
         )
     text = compiled.as_text()
     assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 5 * config.num_layers
     assert f"bf16[{batch},4096,8,128]" in text
-    assert not re.findall(r" copy(-start)?\(", text)
+    copied = re.findall(r"= \(?(\S+?)\{?[\d,]*\}? copy(?:-start)?\(", text)
+    assert set(copied) <= {"s32[]", f"s32[{batch}]", f"pred[{batch}]"}
+    assert '"known_trip_count":{"n":"16"}' in text  # so the host does not wait for each token

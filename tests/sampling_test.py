@@ -8,7 +8,7 @@ import pytest
 
 from parallax_jax import sampling
 from parallax_jax.cache import init_cache, init_paged_cache
-from parallax_jax.model import ModelConfig, TransformerLM
+from parallax_jax.model import ModelConfig, TransformerLM, unstack_layers
 from parallax_jax.sampling import Sampling, filter_logits, generate, sample, stream
 
 CONFIG = ModelConfig(
@@ -86,6 +86,33 @@ def test_stop_tokens_end_a_sequence_and_the_run(params):
     assert [int(s[0]) for s in steps] == free[0][: ends[0] + 1]
 
 
+@pytest.mark.parametrize("tokens_per_call", [1, 5])
+def test_tokens_do_not_depend_on_how_many_come_together(params, tokens_per_call):
+    options = {"max_new_tokens": 21, "sampling": Sampling(top_k=9), "seed": 4}
+    expected = np.stack(list(stream(CONFIG, params, PROMPTS, **options)))
+    stop = (int(expected[3, 0]), int(expected[8, 1]))
+    for stop_tokens in ((), stop):
+        options["stop_tokens"] = stop_tokens
+        expected = np.stack(list(stream(CONFIG, params, PROMPTS, **options)))
+        tokens = np.stack(list(stream(CONFIG, params, PROMPTS, tokens_per_call=tokens_per_call, **options)))
+        np.testing.assert_array_equal(tokens, expected)
+        assert (expected == -1).any() == (stop_tokens == stop)
+
+
+def test_nothing_is_written_past_the_last_token(params):
+    """The last call draws fewer tokens than it could; the cache holds no more than the run needs."""
+    capacity = len(PROMPTS[0]) + 6
+    cache = init_cache(dataclasses.replace(CONFIG, scan_layers=False), 3, capacity)
+    layers, tree = unstack_layers(CONFIG, params)
+    token, done = jnp.asarray([3, 5, 7], jnp.int32), jnp.asarray([False, True, False])
+    draws = sampling.Draws(jax.random.split(jax.random.key(0), 3), jnp.full(1, -1, jnp.int32), jnp.int32(31))
+    tokens, cache, *_ = sampling.decode_steps(layers, GREEDY, 9, tree, cache, token, done, np.int32(4), draws)
+    assert cache.lengths.tolist() == [4, 0, 4]
+    np.testing.assert_array_equal(np.asarray(tokens) >= 0, (np.arange(9)[:, None] < 4) & [True, False, True])
+    written = np.asarray(cache.key[1]).any((2, 3))
+    np.testing.assert_array_equal(written, np.arange(capacity) < np.asarray([[4], [0], [4]]))
+
+
 def test_ids_over_the_vocabulary_never_come(params):
     tokens = generate(CONFIG, params, PROMPTS, max_new_tokens=30, sampling=Sampling(temperature=3.0), vocab_size=10)
     assert {t for row in tokens for t in row} == set(range(10))
@@ -93,9 +120,9 @@ def test_ids_over_the_vocabulary_never_come(params):
 
 def test_one_compilation_for_the_whole_run(params):
     config = dataclasses.replace(CONFIG, norm_eps=2e-6)  # not compiled before
-    before = sampling.decode_step._cache_size(), sampling._prefill._cache_size()
+    before = sampling.decode_steps._cache_size(), sampling._prefill._cache_size()
     assert len(list(stream(config, params, PROMPTS, max_new_tokens=20, prefill_chunk=4))) == 20
-    assert (sampling.decode_step._cache_size(), sampling._prefill._cache_size()) == (before[0] + 1, before[1] + 1)
+    assert (sampling.decode_steps._cache_size(), sampling._prefill._cache_size()) == (before[0] + 1, before[1] + 1)
 
 
 def kept(logits, **options):
@@ -136,6 +163,7 @@ def test_sample_follows_the_distribution():
         ({"prompts": [[1], []]}, "prompts: need one token or more each, got lengths [1, 0]"),
         ({"prompts": [[1, 31]]}, "prompts: token ids must lie in [0, 30], got 1 to 31"),
         ({"max_new_tokens": 0}, "max_new_tokens: must be an integer >= 1, got 0"),
+        ({"tokens_per_call": 0}, "tokens_per_call: must be an integer >= 1, got 0"),
         ({"seed": [1, 2]}, "seed: must be an int or one per prompt (1), got 2"),
         ({"cache": init_cache(CONFIG, 1, 5)}, "cache: needs room for 6 tokens of a sequence, has 5"),
         ({"cache": init_cache(CONFIG, 2, 9)}, "cache: must be empty and hold 1 sequences"),

@@ -33,12 +33,15 @@ class Launch(NamedTuple):
       num_warps: warps of a program.
       num_stages: depth of the software pipeline along the weights' rows on the tensor cores; 1 holds all of a program's
         weights in registers at once, for one row of inputs.
+      vector: columns that a thread loads at once, where weights are held; a power of two. Sums over the rows go from
+        thread to thread column by column, so with few of them there is little to pass on.
     """
 
     block_n: int
     block_k: int
     num_warps: int
     num_stages: int
+    vector: int = 2
 
 
 def project(
@@ -75,10 +78,13 @@ def project(
 def _launch(rows: int, weights, gated: bool) -> Launch:
     """One wave of programs; those for one row hold all their weights at once."""
     depth, columns = weights[0].shape[0], weights[0].shape[1] if gated else sum(w.shape[1] for w in weights)
-    held = 16 * depth * (2 if gated else 1)
-    if rows > 1 or held > MAX_HELD:
+    matrices = 2 if gated else 1
+    if rows > 1 or 16 * matrices * depth > MAX_HELD:
         return Launch(32 if columns >= 128 * 32 else 16, 128, 4, 4)
-    return Launch(16, min(1024, pl.next_power_of_2(max(depth, 16))), 16 if held > 16384 else 8, 1)
+    # Gate and up have the most weights for their columns: with 16 of those some cores would have two programs.
+    block_n = 32 if gated and columns >= 64 * 32 and 32 * matrices * depth <= MAX_HELD else 16
+    num_warps = 16 if block_n * matrices * depth > 16384 else 8
+    return Launch(block_n, min(1024, pl.next_power_of_2(max(depth, 16))), num_warps, 1)
 
 
 def _kernel(
@@ -99,7 +105,9 @@ def _kernel(
             shape = (x_ref.shape[0] if part is _one_row else _padded_rows(x_ref), launch.block_n)
             # Asked for at once, before there is anything to wait for.
             extra = None if residual_ref is None else _load(residual_ref, zero, column, shape)
-            products = part(x_ref, gain_ref, refs, zero, column, epsilon, launch, prefetch)
+            # Triton's loads are as wide as the alignment that it can prove; it cannot prove that this adds nothing.
+            start = column + launch.vector * lax.div(program, 1 << 30) if part is _one_row else column
+            products = part(x_ref, gain_ref, refs, zero, start, epsilon, launch, prefetch)
             out, *up = (product.astype(out_ref.dtype) for product in products)
             if gated:
                 gate = out.astype(jnp.float32)
