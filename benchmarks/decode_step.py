@@ -148,7 +148,7 @@ class Steps:
         return drawn
 
     def time(self, calls: int) -> dict[str, float]:
-        """Microseconds of a token, and of the host to start a call; tokens are fetched a call behind, as in `stream`."""
+        """Microseconds of a token, and of the host to start a call; `stream` too fetches tokens a call behind."""
         for _ in range(2):  # the first round warms up
             ahead, host = self(), 0.0
             jax.block_until_ready(self.state)
@@ -240,6 +240,7 @@ def bench(config: ModelConfig, batch: int, context: int, bandwidth: float, token
 
 FAR_AHEAD = {"in": ("gains", "out", "gate", "up"), "out": ("down",), "gate": ("next",), "down": ()}
 PRODUCTS = tuple(step.AHEAD)
+_WIDE_LOADS = {"vector": 8, "num_warps": 16}
 VARIANTS = {
     "default": Variant(),
     "no_graph": Variant(options={"xla_gpu_graph_min_graph_size": 1 << 20}),
@@ -249,11 +250,20 @@ VARIANTS = {
     "far_ahead": Variant(ahead=FAR_AHEAD),
     "cache_ahead": Variant(ahead=step.AHEAD | {"in": ("gains", "cache", "out")}),
     "cache_ahead_late": Variant(ahead=step.AHEAD | {"in": ("gains", "cache", "out")}, early=False),
+    "before": Variant(
+        launches={
+            "in": _WIDE_LOADS | {"num_warps": 8},
+            "out": _WIDE_LOADS,
+            "gate": _WIDE_LOADS | {"block_n": 16},
+            "down": _WIDE_LOADS,
+        }
+    ),
     "vector_8": Variant(launches={name: {"vector": 8} for name in PRODUCTS}),
-    "vector_4": Variant(launches={name: {"vector": 4} for name in PRODUCTS}),
+    "vector_2": Variant(launches={name: {"vector": 2} for name in PRODUCTS}),
     "gate_16": Variant(launches={"gate": {"block_n": 16}}),
-    "in_32": Variant(launches={"in": {"block_n": 32, "num_warps": 16}}),
-    "few_warps": Variant(launches={name: {"num_warps": 8} for name in ("out", "gate", "down")}),
+    "in_8_warps": Variant(launches={"in": {"num_warps": 8}}),
+    "16_warps": Variant(launches={name: {"num_warps": 16} for name in PRODUCTS}),
+    "8_warps": Variant(launches={name: {"num_warps": 8} for name in ("out", "gate", "down")}),
 }
 
 

@@ -22,6 +22,7 @@ from pallas_kernels.triton import common
 
 MAX_ROWS = 64  # one tile; with more, products are no longer the reading of weights
 MAX_HELD = 65536  # weights that the registers of one program hold
+HELD_BY_WARP = 4096
 
 
 class Launch(NamedTuple):
@@ -34,14 +35,15 @@ class Launch(NamedTuple):
       num_stages: depth of the software pipeline along the weights' rows on the tensor cores; 1 holds all of a program's
         weights in registers at once, for one row of inputs.
       vector: columns that a thread loads at once, where weights are held; a power of two. Sums over the rows go from
-        thread to thread column by column, so with few of them there is little to pass on.
+        thread to thread column by column, so with few of them there is little to pass on; but a thread then has more
+        rows, and reads as many of the inputs.
     """
 
     block_n: int
     block_k: int
     num_warps: int
     num_stages: int
-    vector: int = 2
+    vector: int = 4
 
 
 def project(
@@ -83,8 +85,9 @@ def _launch(rows: int, weights, gated: bool) -> Launch:
         return Launch(32 if columns >= 128 * 32 else 16, 128, 4, 4)
     # Gate and up have the most weights for their columns: with 16 of those some cores would have two programs.
     block_n = 32 if gated and columns >= 64 * 32 and 32 * matrices * depth <= MAX_HELD else 16
-    num_warps = 16 if block_n * matrices * depth > 16384 else 8
-    return Launch(block_n, min(1024, pl.next_power_of_2(max(depth, 16))), num_warps, 1)
+    # As few warps as can hold them: each takes part in the sums and has its registers, by which a wave is one wave.
+    num_warps = min(16, max(4, pl.next_power_of_2(block_n * matrices * depth // HELD_BY_WARP)))
+    return Launch(block_n, min(1024, pl.next_power_of_2(max(depth, 16))), num_warps, 1, 2 if gated else 4)
 
 
 def _kernel(
