@@ -2,7 +2,8 @@
 
 Sums of GPU kernel times by CUPTI, all in one process on one GPU. Peers: the published CuTe and Triton kernels of
 Parallax (parallax-kernel), and softmax decode by cuDNN (jax.nn) and FlashAttention-3 (flash-attn3-jax), the best of
-its split counts. A ratio above 1 says that the peer takes longer. `--sweep` times launches of ours instead.
+its split counts. A ratio above 1 says that the peer takes longer. `--routes triton triton_lang` times ours by Pallas
+and in the Triton language. `--sweep` times launches of the former instead.
 """
 
 import argparse
@@ -23,9 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.timing import jax_kernels, torch_kernels
-from pallas_kernels.block_sizes import TritonDecodeBlockSizes
+from pallas_kernels import triton_routes
+from pallas_kernels.block_sizes import TritonDecodeBlockSizes, TritonLangDecodeBlockSizes
 from pallas_kernels.blocks import Mask
-from pallas_kernels.triton.decode import heuristic
 from parallax_jax import parallax_decode
 
 
@@ -62,6 +63,7 @@ def paper_grid() -> list[Shape]:
 MAIN = [Shape(b, length) for b in (1, 32) for length in (512, 1024, 4096, 16384)]
 SETS = {
     "main": MAIN,
+    "few": [Shape(b, length) for b, length in ((1, 512), (1, 1024), (1, 16384), (32, 4096), (32, 16384))],
     "single": [Shape(1, length) for length in (512, 1024, 4096, 16384)],
     "gqa": [Shape(32, 4096, h, k) for h, k in ((8, 8), (32, 8), (16, 8), (64, 8), (8, 1))],
     "paged": [Shape(32, 4096, page_size=p) for p in (None, 16, 64, 256)]
@@ -73,6 +75,7 @@ SETS = {
     "paper64": [shape for shape in paper_grid() if shape.head_dim == 64],
     "paper128": [shape for shape in paper_grid() if shape.head_dim == 128],
 }
+LAUNCHED_BY = {"triton": TritonDecodeBlockSizes, "triton_lang": TritonLangDecodeBlockSizes}  # routes of "triton"
 CHECKED_BYTES = 1 << 31  # of keys and values: where there are more, "xla" may not have the memory
 
 
@@ -99,6 +102,12 @@ def ours(implementation: str, block_sizes=None) -> Callable:
         return parallax_decode(query, probe, key, value, lengths, **options)
 
     return decode
+
+
+def default(route: str, arguments):
+    """The launch of `draw`'s results that a route takes by itself."""
+    query, _, key, value, lengths, table = arguments
+    return LAUNCHED_BY[route].heuristic(query, key, value, Mask(None, lengths), table)
 
 
 def cudnn(shape: Shape) -> list[Callable]:
@@ -177,10 +186,11 @@ def compile_all(jobs: dict) -> dict:
         return dict(zip(jobs, pool.map(compiled, jobs.values()), strict=True))
 
 
-def bench_jobs(shape: Shape, peers: list[str]) -> dict:
+def bench_jobs(shape: Shape, routes: list[str], peers: list[str]) -> dict:
     """What `bench` needs compiled, by shape, name and number."""
     arguments = jax.eval_shape(functools.partial(draw, shape))
-    jobs = {(shape, "draw", 0): (functools.partial(draw, shape),), (shape, "triton", 0): (ours("triton"), *arguments)}
+    jobs = {(shape, route, 0): (ours("triton", default(route, arguments)), *arguments) for route in routes}
+    jobs[shape, "draw", 0] = (functools.partial(draw, shape),)
     if shape.bytes <= CHECKED_BYTES:
         jobs[shape, "xla", 0] = ours("xla"), *arguments
     for name in () if shape.page_size else peers:
@@ -197,34 +207,43 @@ def relative_error(x, y) -> float:
     return float(np.linalg.norm(x - y) / np.linalg.norm(y))
 
 
-def bench(shape: Shape, executables: dict, bandwidth: float) -> dict:
-    """One row of the table: times in us, ratios, relative Frobenius error against "xla"."""
+def bench(shape: Shape, routes: list[str], executables: dict, bandwidth: float) -> list[dict]:
+    """A row of the table for each route: times in us, relative Frobenius error against "xla", times of the peers."""
     args = executables[shape, "draw", 0]()
-    call = executables[shape, "triton", 0]
-    time, kernels = jax_kernels(call, *args)
-    row = {"shape": str(shape), **dataclasses.asdict(shape), "us": time, "kernels": kernels}
-    if reference := executables.get((shape, "xla", 0)):
-        row["error"] = relative_error(call(*args), reference(*args))
-    row["bandwidth_share"] = shape.bytes / time * 1e6 / bandwidth
+    peers = {}
     for name in JAX_PEERS:
         found = [x for (at, peer, _), x in executables.items() if (at, peer) == (shape, name)]
         try:
             if reasons := [x for x in found if isinstance(x, str)]:
                 raise RuntimeError(reasons[0])
             if found:
-                row[name] = min(jax_kernels(call, *args)[0] for call in found)
+                peers[name] = min(jax_kernels(call, *args)[0] for call in found)
         except Exception as error:  # a peer that cannot run this shape costs its column, not the table
-            row[f"{name}_failed"] = repr(error)[:200]
-    return row
+            peers[f"{name}_failed"] = repr(error)[:200]
+    reference = executables.get((shape, "xla", 0))
+    expected = reference and reference(*args)
+    rows = []
+    for route in routes:
+        call = executables[shape, route, 0]
+        if isinstance(call, str):
+            raise RuntimeError(f"{route} at {shape}: {call}")
+        time, kernels = jax_kernels(call, *args)
+        row = {"shape": str(shape), **dataclasses.asdict(shape), "route": route, "us": time, "kernels": kernels}
+        if reference:
+            row["error"] = relative_error(call(*args), expected)
+        rows.append(row | {"bandwidth_share": shape.bytes / time * 1e6 / bandwidth} | peers)
+    return rows
 
 
-def bench_torch(row: dict, shape: Shape, peers: list[str]) -> None:
-    """Adds the times of torch peers to a row."""
+def bench_torch(shape: Shape, peers: list[str]) -> dict:
+    """Times of torch peers, or why there are none."""
+    times = {}
     for name in peers if shape.page_size is None else ():
         try:
-            row[name], _ = TORCH_PEERS[name](shape)
+            times[name], _ = TORCH_PEERS[name](shape)
         except Exception as error:
-            row[f"{name}_failed"] = repr(error)[:200]
+            times[f"{name}_failed"] = repr(error)[:200]
+    return times
 
 
 def show(row: dict) -> None:
@@ -233,7 +252,7 @@ def show(row: dict) -> None:
     failed = [f"{name} failed: {row[f'{name}_failed'][:60]}" for name in PEERS if f"{name}_failed" in row]
     share = f"{100 * row['bandwidth_share']:.0f} % of read bandwidth"
     error = f"error {row['error']:.1e}" if "error" in row else "unchecked"
-    print(f"{row['shape']:36} {row['us']:9.2f} us  {share}  {error}  ", *peers, *failed, flush=True)
+    print(f"{row['shape']:36} {row['route']:11} {row['us']:9.2f} us  {share}  {error}  ", *peers, *failed, flush=True)
 
 
 # (keys in a tile of head width 128, warps, stages) by the programs that a core must hold at once for one wave: no more
@@ -283,14 +302,13 @@ def time_launches(shape: Shape, executables: dict, iterations: int) -> list[tupl
 def sweep(shapes: list[Shape], bandwidth: float, keep: int = 3) -> list[dict]:
     """Times launches, then the best of each shape again, with and without rotation; prints those and the default."""
     cores = jax.devices()[0].core_count
-    jobs, default = {}, {}
+    jobs, defaults = {}, {}
     for shape in shapes:
         arguments = jax.eval_shape(functools.partial(draw, shape))
-        query, _, key, value, lengths, table = arguments
-        default[shape] = heuristic(query, key, value, Mask(None, lengths), table)
+        defaults[shape] = default("triton", arguments)
         jobs[shape, "draw"] = (functools.partial(draw, shape),)
         jobs[shape, "xla"] = ours("xla"), *arguments
-        for sizes in (default[shape], *launches(shape, cores)):
+        for sizes in (defaults[shape], *launches(shape, cores)):
             jobs[shape, sizes] = ours("triton", sizes), *arguments
     executables = compile_all(jobs)
     first = {shape: time_launches(shape, executables, 8) for shape in shapes}
@@ -303,14 +321,14 @@ def sweep(shapes: list[Shape], bandwidth: float, keep: int = 3) -> list[dict]:
     arguments = {shape: arguments for (shape, name), (_, *arguments) in jobs.items() if name == "xla"}
     missing = {(shape, sizes): (ours("triton", sizes), *arguments[shape]) for shape, sizes in best - jobs.keys()}
     executables |= compile_all(missing)
-    again = best | default.items() | {(shape, name) for shape in shapes for name in ("draw", "xla")}
+    again = best | defaults.items() | {(shape, name) for shape in shapes for name in ("draw", "xla")}
     executables = {name: x for name, x in executables.items() if name in again}
     rows = []
     for shape in shapes:
         second = time_launches(shape, executables, 30)
         for us, sizes in second:
             share = 100 * shape.bytes / us * 1e6 / bandwidth
-            note = "  (the default)" if sizes == default[shape] else ""
+            note = "  (the default)" if sizes == defaults[shape] else ""
             print(f"{shape}: {us:8.2f} us, {share:3.0f} %  {sizes}{note}", flush=True)
         rows += [
             {"shape": str(shape), "us": us, "iterations": iterations, **dataclasses.asdict(sizes)}
@@ -324,6 +342,7 @@ def main() -> None:
     """Runs the sets named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sets", nargs="*", default=["main"], help=f"of {', '.join(SETS)}")
+    parser.add_argument("--routes", nargs="+", default=["triton"], choices=LAUNCHED_BY, help="which of ours to time")
     parser.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS, help="which peers to time")
     parser.add_argument("--sweep", action="store_true", help="time block sizes instead")
     parser.add_argument("--json", help="write the rows here")
@@ -333,6 +352,9 @@ def main() -> None:
         parser.error(f"times GPU kernels, and this is a {jax.default_backend()}")
     if unknown:
         parser.error(f"unknown set {unknown.pop()!r}, choose from {', '.join(SETS)}")
+    for route in args.routes:
+        if isinstance(reason := triton_routes.load(f"{triton_routes.ROUTES[route]}.decode"), str):
+            parser.error(f"{route}: {reason}")
     shapes = list(dict.fromkeys(itertools.chain.from_iterable(SETS[name] for name in args.sets)))
     bandwidth = read_bandwidth()
     record = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "read_bandwidth": bandwidth, "rows": []}
@@ -355,25 +377,28 @@ def main() -> None:
         save()
         return
     jax_peers, torch_peers = ([name for name in args.peers if name in peers] for peers in (JAX_PEERS, TORCH_PEERS))
-    executables = compile_all({key: job for shape in shapes for key, job in bench_jobs(shape, jax_peers).items()})
+    jobs = {key: job for shape in shapes for key, job in bench_jobs(shape, args.routes, jax_peers).items()}
+    executables = compile_all(jobs)
     # All of JAX first: once torch's profiler has started, JAX's cannot.
     rows = record["rows"]
     for shape in shapes:
-        rows.append(bench(shape, executables, bandwidth))
-        if not torch_peers:
-            show(rows[-1])
+        rows += bench(shape, args.routes, executables, bandwidth)
+        for row in () if torch_peers else rows[-len(args.routes) :]:
+            show(row)
         save()
-    for shape, row in zip(shapes, rows, strict=True) if torch_peers else ():
-        bench_torch(row, shape, torch_peers)
-        show(row)
+    for i, shape in enumerate(shapes) if torch_peers else ():
+        times = bench_torch(shape, torch_peers)
+        for row in rows[i * len(args.routes) :][: len(args.routes)]:
+            row |= times
+            show(row)
         save()
-    for name in PEERS:
-        ratios = [row[name] / row["us"] for row in rows if name in row]
+    for route, name in itertools.product(args.routes, PEERS):
+        ratios = [row[name] / row["us"] for row in rows if row["route"] == route and name in row]
         if ratios:
             mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-            at_least = sum(ratio >= 1 for ratio in ratios) / len(ratios)
+            share = 100 * sum(ratio >= 1 for ratio in ratios) / len(ratios)
             print(
-                f"{name}: geometric mean {mean:.2f}x over {len(ratios)} shapes, {100 * at_least:.0f} % at 1.0 or more"
+                f"{route}, {name}: geometric mean {mean:.2f}x over {len(ratios)} shapes, {share:.0f} % at 1.0 or more"
             )
 
 

@@ -92,28 +92,73 @@ class _TritonDecode:
       num_splits: programs that share the keys of one kv head, a power of two.
       num_warps: warps of a program.
       num_stages: depth of the software pipeline along the loop.
+      rotate: whether every sequence begins at another tile. Those that begin at the same one and keep step read
+        addresses that differ by the size of a sequence's cache, which memory serves more slowly.
     """
 
     block_k: int
     num_splits: int
     num_warps: int
     num_stages: int
-
-
-@dataclasses.dataclass(frozen=True)
-class TritonDecodeBlockSizes(_TritonDecode):
-    """Launch of decode's kernels in Pallas: block_k, num_splits, num_warps, num_stages, rotate.
-
-    Attributes:
-      rotate: whether every sequence begins at another tile. Those that begin at the same one and keep step read
-        addresses that differ by the size of a sequence's cache, which memory serves more slowly.
-    """
-
     rotate: bool = False
+
+    @classmethod
+    def heuristic(cls, query, key, value, mask, page_table):
+        """Launches that fit registers and shared memory; splits until two programs a core run, of 64 keys or more each.
+
+        The arguments are those of a backend's `decode`. The numbers come from a sweep (docs/results/decode.md).
+        """
+        batch, num_queries = query.shape[:2]
+        size, row_blocks = decode_rows(query, key, value)
+        num_keys = key.shape[1] * (1 if page_table is None else page_table.shape[1])
+        if mask.window is not None:
+            num_keys = min(num_keys, mask.window + num_queries - 1)
+        programs = batch * key.shape[2] * row_blocks
+        splits = max(1, min(256 // programs, num_keys // 64))
+        splits = 1 << (splits.bit_length() - 1)
+        if query.dtype.itemsize == 4:
+            return cls(16, splits, 8, 3)
+        width = _decode_width(key, value)
+        held = size * width  # elements of each accumulator
+        if held > 4096:
+            return cls(32 if width <= 128 else 16, splits, 8, 3)
+        if held > 2048:
+            return cls(32, splits, 4, 3)
+        if splits == 1 and num_keys >= DECODE_LONG and width <= 128:
+            return cls(4096 // max(width, 64), 1, 2, 4, rotate=True)
+        block_k = 8192 // max(width, 64)
+        return cls(block_k, splits, 2, 2 if num_keys < 2 * block_k * splits else 3)
+
+
+class TritonDecodeBlockSizes(_TritonDecode):
+    """Launch of decode's kernels in Pallas: block_k, num_splits, num_warps, num_stages, rotate."""
 
 
 class TritonLangDecodeBlockSizes(_TritonDecode):
-    """Launch of decode's kernels in the Triton language: block_k, num_splits, num_warps, num_stages."""
+    """Launch of decode's kernels in the Triton language: block_k, num_splits, num_warps, num_stages, rotate."""
+
+
+# What both routes of "triton" agree on in decode.
+DECODE_ROW_BYTES = 16384  # of queries that a program holds; larger groups are cut into blocks of rows
+DECODE_LONG = 4096  # keys from which on programs that read whole sequences begin at different tiles
+DECODE_TURN = 37  # tiles by which the start of a program lies behind that of the one before
+DECODE_MERGED_COLUMNS = 512  # columns times splits that a program of the merge kernel merges
+
+
+def _decode_width(key, value) -> int:
+    """Columns of the wider tile, powers of two."""
+    return max(16, 1 << (max(key.shape[3], value.shape[3]) - 1).bit_length())
+
+
+def decode_rows(query, key, value) -> tuple[int, int]:
+    """(size, number) of the blocks that the query rows of a kv head are cut into: as many rows as registers hold.
+
+    8 where they are so few that queries and probes fit one tile of a tensor core together.
+    """
+    total = query.shape[1] * query.shape[2] // key.shape[2]
+    most = DECODE_ROW_BYTES // (_decode_width(key, value) * query.dtype.itemsize)
+    size = 8 if total <= 8 else max(16, min(1 << (total - 1).bit_length(), most))
+    return size, -(-total // size)
 
 
 @dataclasses.dataclass(frozen=True)

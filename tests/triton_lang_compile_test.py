@@ -134,6 +134,20 @@ def test_decode_fits(monkeypatch, batch, new, dtype):
         assert stored <= SPILLED or dtype == "float32"
 
 
+@pytest.mark.usefixtures("only_triton_lang")
+@pytest.mark.parametrize("card", CARDS)
+@pytest.mark.parametrize(("batch", "keys"), [(1, 512), (1, 16384), (32, 1024), (32, 4096)])
+def test_decode_of_one_token_spills_nothing(monkeypatch, card, batch, keys):
+    shape = jax.ShapeDtypeStruct
+    rows, cache = shape((batch, 1, 8, 128), jnp.bfloat16), shape((batch, keys, 8, 128), jnp.bfloat16)
+    decode = lambda *x: parallax_decode(*x, implementation="triton")
+    kernels = compiled(monkeypatch, card, decode, rows, rows, cache, cache, shape((batch,), jnp.int32))
+    assert len(kernels) == (2 if batch == 1 else 1)
+    for name, (kernel, stored) in kernels.items():
+        assert kernel.metadata.shared <= block_sizes.shared_memory_limit(card), name
+        assert stored == 0, name
+
+
 def lower(function, *operands) -> str:
     with jax.sharding.use_abstract_mesh(device("H100")), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)

@@ -68,7 +68,10 @@ class TestInterpreted(Conformance):
 @pytest.mark.usefixtures("only_triton_lang")
 class TestInterpretedDecode(DecodeConformance):
     implementation = "triton"
-    block_sizes = tuple(TritonLangDecodeBlockSizes(*sizes, 2, 2) for sizes in ((16, 1), (32, 2), (16, 8)))
+    block_sizes = tuple(
+        TritonLangDecodeBlockSizes(*sizes, 2, 2, rotate)
+        for *sizes, rotate in ((16, 1, False), (16, 1, True), (32, 2, False), (16, 8, True))
+    )
 
     def test_vmap(self):
         rng = np.random.default_rng(9)

@@ -17,15 +17,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import blocks, device, tiles, triton
-from pallas_kernels.block_sizes import TritonDecodeBlockSizes
+from pallas_kernels.block_sizes import DECODE_MERGED_COLUMNS, DECODE_TURN, TritonDecodeBlockSizes, decode_rows
 from pallas_kernels.triton import common
 
 MAX_QUERIES = 16  # more new tokens than this are a prefill: the forward kernel's work
 MERGED = 4096  # elements of an accumulator that a program of `append` merges at once
-MERGED_COLUMNS = 512  # columns times splits that a program of the merge kernel merges
-ROW_BYTES = 16384  # of queries that a program holds; larger groups are cut into blocks of rows
-LONG = 4096  # keys from which on programs that read whole sequences begin at different tiles
-TURN = 37  # tiles by which the start of a program lies behind that of the one before
+heuristic = TritonDecodeBlockSizes.heuristic
 
 
 @functools.partial(
@@ -102,34 +99,6 @@ def append(query, probe, key, value, counters, mask: blocks.Mask, page_table, fr
     return device.run(call, query, probe, key, value, counters, mask, page_table, fresh)
 
 
-def heuristic(query, key, value, mask: blocks.Mask, page_table) -> TritonDecodeBlockSizes:
-    """Launches that fit registers and shared memory; splits until two programs a core run, of 64 keys or more each."""
-    batch, num_queries = query.shape[:2]
-    rows = _Rows.of(query, key, value)
-    num_keys = key.shape[1] * (1 if page_table is None else page_table.shape[1])
-    if mask.window is not None:
-        num_keys = min(num_keys, mask.window + num_queries - 1)
-    programs = batch * key.shape[2] * rows.blocks
-    splits = max(1, min(256 // programs, num_keys // 64))
-    splits = 1 << (splits.bit_length() - 1)
-    if query.dtype.itemsize == 4:
-        return TritonDecodeBlockSizes(16, splits, 8, 3)
-    width = _width(key, value)
-    held = rows.size * width  # elements of each accumulator
-    if held > 4096:
-        return TritonDecodeBlockSizes(32 if width <= 128 else 16, splits, 8, 3)
-    if held > 2048:
-        return TritonDecodeBlockSizes(32, splits, 4, 3)
-    if splits == 1 and num_keys >= LONG and width <= 128:
-        return TritonDecodeBlockSizes(4096 // max(width, 64), 1, 2, 4, rotate=True)
-    block_k = 8192 // max(width, 64)
-    return TritonDecodeBlockSizes(block_k, splits, 2, 2 if num_keys < 2 * block_k * splits else 3)
-
-
-def _width(key, value) -> int:
-    return max(common.padded(key.shape[3]), common.padded(value.shape[3]))
-
-
 @dataclasses.dataclass(frozen=True)
 class _Rows:
     """The query rows of one kv head, token by token and head by head within a token, cut into blocks.
@@ -147,11 +116,9 @@ class _Rows:
 
     @classmethod
     def of(cls, query, key, value) -> "_Rows":
-        """As many rows a block as its accumulators have registers for."""
+        """Those of `decode_rows`."""
         group = query.shape[2] // key.shape[2]
-        total = query.shape[1] * group
-        most = ROW_BYTES // (_width(key, value) * query.dtype.itemsize)
-        return cls(group, total, 8 if total <= 8 else max(16, min(pl.next_power_of_2(total), most)))
+        return cls(group, query.shape[1] * group, decode_rows(query, key, value)[0])
 
     @property
     def blocks(self) -> int:
@@ -333,7 +300,7 @@ def _kernel(
     start = bounds.first + split * share
     stop = jnp.minimum(start + share, bounds.last)
     count = jnp.maximum(stop - start, 1)
-    turn = _divmod((b * config.num_splits + split) * TURN, count)[1] if config.rotate else 0
+    turn = _divmod((b * config.num_splits + split) * DECODE_TURN, count)[1] if config.rotate else 0
     # Any order of the tiles gives the same sums.
     place = lambda j: jnp.where(j + turn < stop, j + turn, j + turn - count) if config.rotate else j
 
@@ -482,7 +449,7 @@ def _decode(
     if config.num_splits == 1:
         return results[0]
     # One warp, which reduces over the splits within its threads; few columns, so that many programs load.
-    width = min(common.padded(value_dim), max(16, MERGED_COLUMNS // config.num_splits))
+    width = min(common.padded(value_dim), max(16, DECODE_MERGED_COLUMNS // config.num_splits))
     return pl.pallas_call(
         functools.partial(_merge_kernel, rows=rows, width=width),
         out_shape=out,

@@ -12,11 +12,11 @@ import triton
 import triton.language as tl
 
 from pallas_kernels import blocks, triton_lang
-from pallas_kernels.block_sizes import TritonLangDecodeBlockSizes
+from pallas_kernels.block_sizes import DECODE_MERGED_COLUMNS, DECODE_TURN, TritonLangDecodeBlockSizes, decode_rows
 from pallas_kernels.triton_lang import common, launch, tiles
 
 MAX_QUERIES = 16  # more new tokens than this are a prefill: the forward kernel's work
-ROW_BYTES = 16384  # of queries that a program holds; larger groups are cut into blocks of rows
+heuristic = TritonLangDecodeBlockSizes.heuristic
 
 
 def unsupported(query, probe, key, value, mask, page_table, *, scale, block_sizes) -> str | None:
@@ -42,44 +42,6 @@ def decode(query, probe, key, value, mask: blocks.Mask, page_table, *, scale, bl
     return launch.batched(run)(mask, query, probe, key, value)[0]
 
 
-def heuristic(query, key, value, mask: blocks.Mask, page_table) -> TritonLangDecodeBlockSizes:
-    """Launches that fit registers and shared memory; splits until one wave of programs fills the device."""
-    batch, num_queries = query.shape[:2]
-    size, row_blocks = _row_blocks(query, key, value)
-    num_keys = key.shape[1] * (1 if page_table is None else page_table.shape[1])
-    if mask.window is not None:
-        num_keys = min(num_keys, mask.window + num_queries - 1)
-    programs = batch * key.shape[2] * row_blocks
-    splits = max(1, min(128 // programs, num_keys // 128))
-    splits = 1 << (splits.bit_length() - 1)
-    if query.dtype.itemsize == 4:
-        return TritonLangDecodeBlockSizes(16, splits, 8, 3)
-    width = _width(key, value)
-    held = size * width  # elements of each accumulator
-    if held > 4096:
-        return TritonLangDecodeBlockSizes(32 if width <= 128 else 16, splits, 8, 3)
-    if held > 2048:
-        return TritonLangDecodeBlockSizes(32, splits, 4, 3)
-    if splits == 1:
-        return TritonLangDecodeBlockSizes(32, 1, 2, 4 if width <= 128 else 3)
-    return TritonLangDecodeBlockSizes(64 if width <= 128 else 32, splits, 4, 3)
-
-
-def _width(key, value) -> int:
-    return max(common.padded(key.shape[3]), common.padded(value.shape[3]))
-
-
-def _row_blocks(query, key, value) -> tuple[int, int]:
-    """(size, number) of the blocks that the rows of a kv head are cut into: as many rows as registers hold.
-
-    8 where they are so few that queries and probes fit one tile of a tensor core together.
-    """
-    total = query.shape[1] * query.shape[2] // key.shape[2]
-    most = ROW_BYTES // (_width(key, value) * query.dtype.itemsize)
-    size = 8 if total <= 8 else max(16, min(triton.next_power_of_2(total), most))
-    return size, -(-total // size)
-
-
 @dataclasses.dataclass(frozen=True)
 class Call(common.Scores):
     """What the kernels know when they are compiled.
@@ -103,11 +65,15 @@ class Call(common.Scores):
     block_k: int
     num_stages: int
     num_splits: int
+    turn: int  # tiles by which a program begins behind the one before, 0 for none
 
     group = property(lambda self: self.heads // self.kv_heads)
     rows = property(lambda self: self.queries * self.group)
     capacity = property(lambda self: self.page_size * max(self.table_width, 1))
     value_width = property(lambda self: common.padded(self.value_dim))
+    # Few columns for a program of the merge, so that many programs load.
+    merged_columns = property(lambda self: min(self.value_width, max(16, DECODE_MERGED_COLUMNS // self.num_splits)))
+    merge_programs = property(lambda self: -(-self.value_dim // self.merged_columns))
     # Tokens that a block of rows touches.
     tokens = property(lambda self: self.queries if self.row_blocks == 1 else -(-self.size // self.group) + 1)
 
@@ -131,6 +97,35 @@ def _page(pages_ptr, b, j, call: tl.constexpr):
         page = tl.load(pages_ptr + tl.cast(b, tl.int64) * call.table_width + entry)
         page = tl.minimum(tl.maximum(page, 0), call.num_pages - 1)
     return page
+
+
+@triton.jit
+def _is_first():
+    return tl.arange(0, 2)[:, None, None] == 0
+
+
+@triton.jit
+def _stack(x, y):
+    """`tiles.stack` without a join: a product whose operand was joined gets a layout that takes many moves."""
+    return tl.where(_is_first(), x[None, :, :], y[None, :, :]).reshape(2 * x.shape[0], x.shape[1])
+
+
+@triton.jit
+def _unstack(x):
+    """The two halves of `_stack`, in layouts that it takes without moving anything."""
+    # As integers: the compiler drops a sum with 0.
+    x = x.reshape(2, x.shape[0] // 2, x.shape[1]).to(tl.int32, bitcast=True)
+    first, second = tl.sum(tl.where(_is_first(), x, 0), 0), tl.sum(tl.where(_is_first(), 0, x), 0)
+    return first.to(tl.float32, bitcast=True), second.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _place(j, turn, stop, count, call: tl.constexpr):
+    """The tile that step j reads; any order of the tiles gives the same sums."""
+    if call.turn:
+        j += turn
+        j = tl.where(j < stop, j, j - count)
+    return j
 
 
 @triton.jit
@@ -165,12 +160,15 @@ def _state(q_ptr, r_ptr, k_ptr, v_ptr, offset_ptr, lengths_ptr, pages_ptr, b, kv
     last = tl.maximum((tl.maximum(last, 0) + call.block_k - 1) // call.block_k, first)
     share = (last - first + call.num_splits - 1) // call.num_splits
     start = first + split * share
+    stop = tl.minimum(start + share, last)
+    count = tl.maximum(stop - start, 1)
+    turn = (b * call.num_splits + split) * call.turn % count
 
     state = tiles.initial_state(size, width)
-    page = _page(pages_ptr, b, start, call)
-    for j in tl.range(start, tl.minimum(start + share, last), num_stages=call.num_stages):
-        key = j * call.block_k
-        local = key % call.page_size
+    page = _page(pages_ptr, b, _place(start, turn, stop, count, call), call)
+    for j in tl.range(start, stop, num_stages=call.num_stages):
+        key = _place(j, turn, stop, count, call) * call.block_k
+        local = key % call.page_size  # of a contiguous cache too: so the compiler knows that it is small
         limit = end - key + local
         k = common.load_rows(k_ptr, page, local, limit, kv, call.page_size, call.kv_heads, call.head_dim, call.block_k)
         v = common.load_rows(v_ptr, page, local, limit, kv, call.page_size, call.kv_heads, call.value_dim, call.block_k)
@@ -179,17 +177,17 @@ def _state(q_ptr, r_ptr, k_ptr, v_ptr, offset_ptr, lengths_ptr, pages_ptr, b, kv
         if call.window is not None:
             visible = visible & (keys > position[:, None] - call.window)
         if size == 8:
-            s1, s2 = tiles.unstack(tiles.dot(qr, tl.trans(k), call))
+            s1, s2 = _unstack(tiles.dot(qr, tl.trans(k), call))
             state, p, p2 = tiles.weigh(state, s1, s2, visible, call)
-            pv, p2v = tiles.unstack(tiles.dot(tiles.stack(p, p2).to(v.dtype), v, call))
-            state = (state[0], state[1], state[2], state[3] + pv, state[4] + p2v)
+            o1, o2 = tiles.unstack(tiles.add_dot(_stack(p, p2), v, tiles.stack(state[3], state[4]), call))
+            state = (state[0], state[1], state[2], o1, o2)
         else:
             s1 = tiles.dot(q, tl.trans(k), call)
             s2 = tiles.dot(r, tl.trans(k), call)
             state, p, p2 = tiles.weigh(state, s1, s2, visible, call)
             state = tiles.add_values(state, p, p2, v, call)
         # The next page is looked up a tile ahead: loads that wait for a load cannot be pipelined.
-        page = _page(pages_ptr, b, j + 1, call)
+        page = _page(pages_ptr, b, _place(j + 1, turn, stop, count, call), call)
     return state
 
 
@@ -230,11 +228,13 @@ def parallax_decode_split(
 
 @triton.jit
 def parallax_decode_merge(m_ptr, d1_ptr, t_mean_ptr, o1_ptr, o2_ptr, out_ptr, call: tl.constexpr):
-    program, row = tl.program_id(0) // call.rows, tl.program_id(0) % call.rows
-    at = tl.cast(tl.program_id(0), tl.int64) * call.num_splits + tl.arange(0, call.num_splits)
-    column = tl.arange(0, call.value_width)
+    """One row and `merged_columns` of its columns."""
+    column = tl.program_id(0) % call.merge_programs * call.merged_columns + tl.arange(0, call.merged_columns)
+    rows = tl.program_id(0) // call.merge_programs
+    program, row = rows // call.rows, rows % call.rows
+    at = tl.cast(rows, tl.int64) * call.num_splits + tl.arange(0, call.num_splits)
     values = at[:, None] * call.value_dim + column[None, :]
-    inside = tl.broadcast_to((column < call.value_dim)[None, :], (call.num_splits, call.value_width))
+    inside = tl.broadcast_to((column < call.value_dim)[None, :], (call.num_splits, call.merged_columns))
     o1 = tl.load(o1_ptr + values, mask=inside, other=0.0)
     o2 = tl.load(o2_ptr + values, mask=inside, other=0.0)
     _, d1, _, o1, o2 = tiles.merge(tl.load(m_ptr + at), tl.load(d1_ptr + at), tl.load(t_mean_ptr + at), o1, o2)
@@ -248,7 +248,7 @@ def parallax_decode_merge(m_ptr, d1_ptr, t_mean_ptr, o1_ptr, o2_ptr, out_ptr, ca
 def _decode(query, probe, key, value, mask, page_table, *, scale, config: TritonLangDecodeBlockSizes):
     batch, num_queries, num_heads, head_dim = query.shape
     num_pages, page_size, num_kv_heads, value_dim = value.shape
-    size, row_blocks = _row_blocks(query, key, value)
+    size, row_blocks = decode_rows(query, key, value)
     call = Call(
         scale=scale,
         precision=common.precision(query.dtype),
@@ -268,6 +268,7 @@ def _decode(query, probe, key, value, mask, page_table, *, scale, config: Triton
         block_k=config.block_k if page_table is None else min(config.block_k, page_size & -page_size),
         num_stages=config.num_stages,
         num_splits=config.num_splits,
+        turn=DECODE_TURN if config.rotate else 0,
     )
     out = jax.ShapeDtypeStruct((batch, num_queries, num_heads, value_dim), query.dtype)
     unread = mask.lengths
@@ -285,9 +286,9 @@ def _decode(query, probe, key, value, mask, page_table, *, scale, config: Triton
         config=config,
         call=call,
     )
-    merging = dataclasses.replace(config, num_warps=4, num_stages=1)
-    rows = batch * num_kv_heads * call.rows
-    return launch.launch(parallax_decode_merge, states, (out,), programs=rows, config=merging, call=call)[0]
+    merging = dataclasses.replace(config, num_warps=1, num_stages=1)  # one warp, which reduces within its threads
+    programs = batch * num_kv_heads * call.rows * call.merge_programs
+    return launch.launch(parallax_decode_merge, states, (out,), programs=programs, config=merging, call=call)[0]
 
 
 def _prefill(query, probe, key, value, mask, page_table, *, scale):

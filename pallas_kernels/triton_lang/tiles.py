@@ -65,6 +65,17 @@ def add_values(state, p, p2, v, call: tl.constexpr):
 
 
 @triton.jit
+def _add_pairs(x1, y1, x2, y2):
+    return x1 + x2, y1 + y2
+
+
+@triton.jit
+def sums(x, y):
+    """Sums of two tiles over the key axis, for which warps that share rows meet once."""
+    return tl.reduce((x, y), 1, _add_pairs)
+
+
+@triton.jit
 def weigh(state, s1, s2, visible, call: tl.constexpr):
     """The state moved to the tile's maximum and mean, and the weights p and p (t - t_mean)."""
     m, d1, t_mean, o1, o2 = state
@@ -77,8 +88,9 @@ def weigh(state, s1, s2, visible, call: tl.constexpr):
     a = tl.exp2(m - m_finite)
     p = tl.exp2(s1 * call.positive_c - m_finite[:, None])
     old = a * d1
-    d1 = old + tl.sum(p, 1)
-    t_new = (old * t_mean + tl.sum(p * s2, 1)) / nonzero(d1)
+    p_sum, t_sum = sums(p, p * s2)
+    d1 = old + p_sum
+    t_new = (old * t_mean + t_sum) / nonzero(d1)
     o1 = o1 * a[:, None]
     o2 = o2 * a[:, None] + (t_mean - t_new)[:, None] * o1
     return (m_new, d1, t_new, o1, o2), p, p * (s2 - t_new[:, None])

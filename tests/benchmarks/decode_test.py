@@ -1,5 +1,6 @@
 import math
 
+import jax
 import pytest
 
 from benchmarks import decode
@@ -30,3 +31,34 @@ def test_grid_is_the_papers():
     assert set(decode.SETS["paper"]) == {*decode.SETS["paper64"], *decode.SETS["paper128"]}
     assert max(shape.batch * shape.kv_heads for shape in decode.SETS["paper"]) == 2048
     assert Shape(256, 32768) in decode.SETS["paper128"]
+
+
+def test_each_route_has_a_row_and_shares_the_peers(monkeypatch):
+    times = {"routes": iter([5.0, 4.0]), "cudnn": iter([10.0])}
+    monkeypatch.setattr(decode, "jax_kernels", lambda call, *_: (next(times[call()[1]]), {}))
+    shape = Shape(1, 512)
+    executables = {
+        (shape, "draw", 0): lambda: (),
+        (shape, "triton", 0): lambda: ([1.0, 2.0], "routes"),
+        (shape, "triton_lang", 0): lambda: ([1.0, 2.5], "routes"),
+        (shape, "cudnn", 0): lambda: ([], "cudnn"),
+        (shape, "fa3", 0): "not installed",
+    }
+    rows = decode.bench(shape, ["triton", "triton_lang"], executables, 1e12)
+    assert [(row["route"], row["us"], row["cudnn"]) for row in rows] == [
+        ("triton", 5.0, 10.0),
+        ("triton_lang", 4.0, 10.0),
+    ]
+    assert all("not installed" in row["fa3_failed"] for row in rows)
+    executables[shape, "triton_lang", 0] = "no jax-triton"
+    times |= {"routes": iter([5.0]), "cudnn": iter([10.0])}
+    with pytest.raises(RuntimeError, match=r"triton_lang at B 1 L 512.*no jax-triton"):
+        decode.bench(shape, ["triton", "triton_lang"], executables, 1e12)
+
+
+def test_routes_launch_alike():
+    arguments = jax.eval_shape(lambda: decode.draw(Shape(32, 4096)))
+    launches = [decode.default(route, arguments) for route in decode.LAUNCHED_BY]
+    assert [type(x) for x in launches] == [*decode.LAUNCHED_BY.values()]
+    assert vars(launches[0]) == vars(launches[1])
+    assert launches[0].rotate
