@@ -58,7 +58,10 @@ class TestTritonLang(Conformance):
 @pytest.mark.usefixtures("only_triton_lang")
 class TestTritonLangDecode(DecodeConformance):
     implementation = "triton"
-    block_sizes = tuple(TritonLangDecodeBlockSizes(*sizes, 2, 2) for sizes in ((16, 1), (32, 2), (16, 8)))
+    block_sizes = tuple(
+        TritonLangDecodeBlockSizes(*sizes, 2, 2, rotate)
+        for *sizes, rotate in ((16, 1, False), (16, 1, True), (32, 2, False), (16, 8, True))
+    )
 
 
 WITHOUT_PALLAS_TRITON = """
