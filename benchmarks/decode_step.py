@@ -166,7 +166,7 @@ class Steps:
         """Microseconds of a step on the device, by kernel: from the end of the kernel before to the kernel's own.
 
         "idle" is the time in which no kernel ran, "total" the sum; under the profiler XLA launches kernels one by one,
-        not as a graph, so the host may be what they wait for.
+        not as a graph, so the host may be what they wait for. All 0 where the profiler sees no kernel.
         """
         options = jax.profiler.ProfileOptions()
         options.host_tracer_level = options.python_tracer_level = 0
@@ -177,7 +177,7 @@ class Steps:
             planes = [plane for plane in jax.profiler.ProfileData.from_file(str(path)).planes if "GPU" in plane.name]
             streams = [line for plane in planes for line in plane.lines if line.name.startswith("Stream")]
             events = sorted((e.start_ns + e.duration_ns, e.start_ns, e.name) for line in streams for e in line.events)
-        times, last = collections.Counter(), events[0][0]
+        times, last = collections.Counter(), events[0][0] if events else 0
         for end, start, name in events[1:]:
             times["idle"] += max(start - last, 0)
             times[name] += end - max(start, last)
