@@ -65,17 +65,11 @@ class MosaicGpuBlockSizes:
 
     Attributes:
       forward_stages: key and value tiles in flight in the forward pass, at least 2; up to 5 fit at head width 128.
-      fused_stages: row tiles in flight in the backward pass for plain causal and full masks; up to 4 fit at head width
-        64, 2 at 128.
-      row_stages: key and value tiles in flight in the backward pass over rows (dquery, dprobe), for all other masks; up
-        to 4 fit at head width 64, 3 at 128.
-      column_stages: row tiles in flight in the backward pass over keys (dkey, dvalue); up to 3 fit at head width 128.
+      backward_stages: row tiles in flight in the backward pass; up to 4 fit at head width 64, 2 at 128.
     """
 
     forward_stages: int = 2
-    fused_stages: int = 2
-    row_stages: int = 2
-    column_stages: int = 2
+    backward_stages: int = 2
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

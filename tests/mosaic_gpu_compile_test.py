@@ -13,11 +13,11 @@ from train.gpus import gpu_devices
 pytestmark = pytest.mark.compile
 
 BATCH, LENGTH, HEADS = 2, 1024, 4
-# In the one pass no product waits at all; in the others one before the loop may (C7517).
+# In the backward pass no product waits at all; in the forward pass one before the loop may (C7517).
 SERIALISED = re.compile(r"\(C751\d\)[^\n]*(?:serialized|'parallax_backward_mosaic_gpu_kernel')")
-# The one pass holds all that it can in registers and parks a dozen addresses and constants elsewhere.
+# The backward pass holds all that it can in registers and parks addresses and constants elsewhere.
 SPILLS = re.compile(r"'parallax_backward_mosaic_gpu_kernel', (\d+) bytes spill stores, (\d+) bytes spill loads")
-MOST_SPILLED = 64  # bytes
+MOST_SPILLED = 160  # bytes; 64 without segments
 
 
 def compile_kernels(is_causal=True, window=None, packed=False, ragged=False, kv_heads=2, width=128, dtype=jnp.bfloat16):

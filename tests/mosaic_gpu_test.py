@@ -12,8 +12,7 @@ from pallas_kernels.mosaic_gpu import common
 from parallax_jax import attention, compare
 from parallax_jax.workloads import BY_NAME, Workload
 
-ONE_PASS = ["parallax_forward", "parallax_backward_stats", "parallax_backward"]
-TWO_PASSES = ["parallax_forward", "parallax_backward_rows", "parallax_backward_columns"]
+KERNELS = ["parallax_forward", "parallax_backward_stats", "parallax_backward"]
 
 
 def gpu(kind: str) -> AbstractMesh:
@@ -44,14 +43,9 @@ def test_interpreted(workload, dtype):
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype", "kernels"),
-    [
-        ("gqa_wide_head", "bfloat16", ONE_PASS),
-        ("packed_full", "float16", TWO_PASSES),
-        ("ragged_window", "bfloat16", TWO_PASSES),
-    ],
+    ("name", "dtype"), [("gqa_wide_head", "bfloat16"), ("packed_full", "float16"), ("ragged_window", "bfloat16")]
 )
-def test_lowers_for_cuda(name, dtype, kernels):
+def test_lowers_for_cuda(name, dtype):
     workload = BY_NAME[name]
     operands = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape in workload.shapes]
 
@@ -62,8 +56,8 @@ def test_lowers_for_cuda(name, dtype, kernels):
     with jax.sharding.use_abstract_mesh(gpu("NVIDIA H100 80GB HBM3")):
         traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))).trace(*operands)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("custom_call @mosaic_gpu") == len(kernels)
-    assert all(f"{kernel}_mosaic_gpu" in text for kernel in kernels)
+    assert text.count("custom_call @mosaic_gpu") == len(KERNELS)
+    assert all(f"{kernel}_mosaic_gpu" in text for kernel in KERNELS)
 
 
 @pytest.mark.parametrize(
@@ -83,6 +77,47 @@ def test_keys_that_no_query_sees_are_zero(mask, seen):
     np.testing.assert_array_equal(hidden, np.broadcast_to(expected, key.shape))
 
 
+@pytest.mark.parametrize("num_queries", [60, 700])
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("masked", ["", "lengths", "window", "packed", "scattered", "window lengths packed"])
+def test_visits(request, num_queries, is_causal, masked):
+    """The visitors of a row block are neighbours, one is first and one last, and none is left out."""
+    rng = np.random.default_rng(list(request.node.nodeid.encode()))
+    num_keys, offset, segments, lengths = 500, int(rng.integers(-100, 300)), (None, None), None
+    if "packed" in masked or "scattered" in masked:
+        segments = [rng.integers(0, 4, (2, n)) for n in (num_queries, num_keys)]
+        segments = [jnp.asarray(np.sort(x) if "packed" in masked else x, jnp.int32) for x in segments]
+    if "lengths" in masked:
+        lengths = jnp.asarray([0, rng.integers(1, num_keys)], jnp.int32)
+    window = 90 if "window" in masked else None
+    mask = blocks.Mask(jnp.int32(offset), lengths, segments[0], is_causal, window, segments[1])
+    masks = common.Masks(mask, num_queries, num_keys)
+    visits = masks.visits()
+    visible = blocks.visible_tile(
+        jnp.arange(num_queries)[:, None],
+        jnp.arange(num_keys),
+        num_queries=None,
+        offset=offset,
+        length=num_keys if lengths is None else lengths[:, None, None],
+        is_causal=is_causal,
+        window=window,
+        row_segments=None if segments[0] is None else segments[0][:, :, None],
+        key_segments=None if segments[1] is None else segments[1][:, None],
+    )
+    key_blocks, row_blocks = range(-(-num_keys // 128)), range(masks.num_row_blocks)
+    for batch, seen in enumerate(np.broadcast_to(visible, (2, num_queries, num_keys))):
+        of = [jax.tree.map(int, masks.visit(visits, masks.arrays, batch, jnp.int32(j))) for j in key_blocks]
+        for i in row_blocks:
+            visitors = [j for j in key_blocks if of[j].first <= i < of[j].last]
+            assert visitors == list(range(visitors[0], visitors[-1] + 1))
+            assert masks.first_visitor(visits, batch, i) == visitors[0]
+            assert [j for j in key_blocks if of[j].first <= i < of[j].done] == visitors[-1:]
+            tiles = [seen[i * 64 : (i + 1) * 64, j * 128 : (j + 1) * 128] for j in key_blocks]
+            assert all(j in visitors for j in key_blocks if tiles[j].any())
+            full = [j for j in key_blocks if of[j].full_first <= i < of[j].full_last]
+            assert all(j in visitors and tiles[j].all() and tiles[j].shape[1] == 128 for j in full)
+
+
 def test_ring_must_fit_shared_memory():
     operands = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in BY_NAME["tiles"].shapes]
     attend = lambda *x: attention.parallax_attention(
@@ -96,8 +131,8 @@ def test_ring_must_fit_shared_memory():
 
 
 def test_ring_needs_two_stages():
-    with pytest.raises(ValueError, match="row_stages: needs at least 2, got 1"):
-        MosaicGpuBlockSizes(row_stages=1)
+    with pytest.raises(ValueError, match="backward_stages: needs at least 2, got 1"):
+        MosaicGpuBlockSizes(backward_stages=1)
 
 
 @pytest.mark.parametrize(

@@ -42,16 +42,10 @@ def _interpret() -> bool:
     return device.target()[0] == "cpu"
 
 
-def _config(key, query, mask, block_sizes) -> MosaicGpuBlockSizes:
-    # With two stages, ptxas runs out of registers in the column pass of full masks over shared keys and serialises it.
-    grouped = key.shape[2] < query.shape[2]
-    return block_sizes or MosaicGpuBlockSizes(column_stages=3 if grouped and not mask.is_causal else 2)
-
-
 def forward(query, probe, key, value, mask, *, scale, block_sizes):
     """Returns (out, v_mean, lse, t_mean); see `pallas_kernels.tiles.finish`."""
-    config = _config(key, query, mask, block_sizes)
-    kernel = functools.partial(_forward.forward, scale=scale, stages=config.forward_stages)
+    stages = (block_sizes or MosaicGpuBlockSizes()).forward_stages
+    kernel = functools.partial(_forward.forward, scale=scale, stages=stages)
     operands = _pad(_width(query, value), query, probe, key, value)
     out, v_mean, lse, t_mean = kernel(*operands, mask, interpret=_interpret())
     return out[..., : value.shape[-1]], v_mean[..., : value.shape[-1]], lse, t_mean
@@ -59,9 +53,8 @@ def forward(query, probe, key, value, mask, *, scale, block_sizes):
 
 def backward(query, probe, key, value, mask, out, v_mean, lse, t_mean, dout, *, scale, block_sizes):
     """Returns (dquery, dprobe, dkey, dvalue)."""
-    config = _config(key, query, mask, block_sizes)
-    stages = {name: getattr(config, name) for name in ("fused_stages", "row_stages", "column_stages")}
-    kernel = functools.partial(_backward.backward, scale=scale, **stages)
+    stages = (block_sizes or MosaicGpuBlockSizes()).backward_stages
+    kernel = functools.partial(_backward.backward, scale=scale, stages=stages)
     width = _width(query, value)
     operands = _pad(width, query, probe, key, value)
     results = *_pad(width, out, v_mean), lse, t_mean, *_pad(width, dout)

@@ -1,4 +1,7 @@
-"""Backward pass of Parallax attention for Hopper: one kernel for plain masks, else one over rows and one over keys."""
+"""Backward pass of Parallax attention for Hopper in one kernel: 8 products, where passes over rows and keys take 11.
+
+Why it is deterministic, why it cannot hang, and why others may read its sums: docs/results/mosaic_gpu.md.
+"""
 
 import functools
 import types
@@ -10,303 +13,294 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import tiles
-from pallas_kernels.mosaic_gpu import common, fused
+from pallas_kernels.mosaic_gpu import common
 from pallas_kernels.mosaic_gpu.common import BLOCK, GROUPS
 
+KEYS = GROUPS * BLOCK  # keys of a program
+SUMS_IN_FLIGHT = 64 << 20  # bytes: the second-level cache of an H100 or H200 holds 50 MB
+LEAST_HEADS = 8  # in flight at once: more programs of one head would only queue up for their turns
 
-def backward(
-    query,
-    probe,
-    key,
-    value,
-    mask,
-    out,
-    v_mean,
-    lse,
-    t_mean,
-    dout,
-    *,
-    scale,
-    fused_stages,
-    row_stages,
-    column_stages,
-    interpret,
-):
+
+def backward(query, probe, key, value, mask, out, v_mean, lse, t_mean, dout, *, scale, stages, interpret):
     """Returns (dquery, dprobe, dkey, dvalue); widths of heads and values are both 64 or both 128."""
     num_queries, num_keys = query.shape[1], key.shape[1]
     masks = common.Masks(mask, num_queries, num_keys)
-    static = dict(scale=scale, interpret=interpret)
     query, probe, key, value, dout = common.pad_rows(query, probe, *masks.hide_padding(key, value), dout)
-    out, v_mean = common.pad_rows(out, v_mean, multiple=GROUPS * BLOCK)
-    pad = ((0, 0), (0, 0), (0, -num_queries % (GROUPS * BLOCK)))
+    out, v_mean = common.pad_rows(out, v_mean)
+    pad = ((0, 0), (0, 0), (0, -num_queries % BLOCK))
     lse, t_mean = jnp.pad(lse, pad, constant_values=jnp.inf), jnp.pad(t_mean, pad)  # rows past T get p = 0
-    operands, results = (query, probe, key, value, dout), (out, v_mean, lse, t_mean)
-    if masks.is_plain:  # earlier keys see all rows that later keys see: sums over keys need no more than an order
-        dq, dr, dk, dv = fused.gradients(*operands, *results, masks, stages=fused_stages, **static)
-    else:
-        dq, dr, stats = _rows(*operands, *results, masks, stages=row_stages, **static)
-        dk, dv = _columns(*operands, stats, masks, stages=column_stages, **static)
+    stats = _row_stats(dout, out, v_mean, lse, t_mean, interpret)
+    dq, dr, dk, dv = _gradients(
+        query, probe, key, value, dout, stats, masks, scale=scale, stages=stages, interpret=interpret
+    )
     return dq[:, :num_queries], dr[:, :num_queries], dk[:, :num_keys], dv[:, :num_keys]
 
 
-def _rows(query, probe, key, value, dout, out, v_mean, lse, t_mean, masks, *, scale, stages, interpret):
-    """Returns (dquery, dprobe) and the rows' statistics for the other pass: (B, N, 4, T'), T' is T in whole blocks."""
-    batch, _, heads, head_dim = query.shape
-    kv_heads = key.shape[2]
-    dtype = query.dtype
-    c = scale * tiles.LOG2_E
-    num_row_blocks = lse.shape[2] // (GROUPS * BLOCK)
+def _heads_at_once(num_rows: int, head_dim: int, group_heads: int) -> int:
+    """How many kv heads are in flight together: the cache should hold most of their sums for dquery and dprobe."""
+    return max(LEAST_HEADS, SUMS_IN_FLIGHT // (2 * 4 * num_rows * head_dim * group_heads))
 
-    def kernel(q_ref, r_ref, k_ref, v_ref, do_ref, out_ref, v_mean_ref, lse_ref, t_mean_ref, *refs, **scratch):
-        s = types.SimpleNamespace(**scratch)
-        mask_refs, (dq_ref, dr_ref, stat_ref) = refs[:-3], refs[-3:]
-        group = lax.axis_index("group")
+
+def _row_stats(dout, out, v_mean, lse, t_mean, interpret):
+    """What the kernel below needs of each row, in the form that it needs: (B, N, 4, T'), T' is T in whole blocks.
+
+    They are lse, -1 - t_mean, -beta and beta - tau, with tau = rowsum(dO * out) and beta = rowsum(dO * v_mean).
+    """
+    batch, num_rows, heads, head_dim = dout.shape
+    num_blocks = pl.cdiv(num_rows, BLOCK)
+
+    def kernel(do_ref, out_ref, v_mean_ref, lse_ref, t_mean_ref, stat_ref, *, operands, stat, ready):
         batch_index, head, block = common.work_item(batch, heads)
-        row = (num_row_blocks - 1 - block) * (GROUPS * BLOCK)  # the longest rows start first
-        first, last, bounds = masks.key_bounds(mask_refs, batch_index, row)
+        rows = pl.ds(block * BLOCK, BLOCK)
+        for i, ref in enumerate((do_ref, out_ref, v_mean_ref)):
+            plgpu.copy_gmem_to_smem(ref.at[batch_index, rows, head], operands.at[i], ready)
+        for i, ref in enumerate((lse_ref, t_mean_ref)):
+            plgpu.copy_gmem_to_smem(ref.at[batch_index, head, rows], stat.at[i], ready)
+        plgpu.barrier_wait(ready)
 
-        def slot(j):
-            return common.ring_slot(j - first, stages)
+        def add(i, sums):
+            do, *others = (
+                plgpu.load(operands.at[n, :, pl.ds(i * 64, 64)], layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+                for n in range(3)
+            )
+            return tuple(x + common.sums_in_threads(do * y) for x, y in zip(sums, others, strict=True))
 
-        @pl.when(group < GROUPS)
-        def _compute():
-            plgpu.set_max_registers(common.COMPUTE_REGISTERS, action="increase")
-            own = jax.tree.map(functools.partial(jnp.where, group == 0), *bounds)
-            rows = pl.ds(row + group * BLOCK, BLOCK)
-            q, r, do, stat = s.q.at[group], s.r.at[group], s.do.at[group], s.stat.at[group]
-            turns = common.Turns(s.turn, group)
-            results = [
-                plgpu.load(x.at[batch_index, rows, head], layout=plgpu.Layout.WGMMA, optimized=False)
-                for x in (out_ref, v_mean_ref)
-            ]
+        sums = lax.fori_loop(0, head_dim // 64, add, (common.zeros(8),) * 2)
+        tau, beta = (jnp.sum(x, axis=-1) for x in sums)
+        stat[1] = -1.0 - plgpu.load(stat.at[1], layout=common.row_layout(0), optimized=False)
+        stat[2], stat[3] = -beta, beta - tau
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(stat, stat_ref.at[batch_index, head, :, rows])
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-            def skip(j, _):
-                for ring in (s.k_ring, s.v_ring):
-                    plgpu.barrier_wait(ring["ready"].at[slot(j)])
-                    plgpu.barrier_arrive(ring["free"].at[slot(j)])
-                turns.take()
-                turns.give()
-
-            def row_stat(i):  # read where it is needed: registers are scarce
-                return plgpu.load(stat.at[i], layout=common.row_layout(0), optimized=False)
-
-            def attend(dq, dr, s1, s2, a):
-                def start_scores(j, before_s2=lambda: None):
-                    plgpu.barrier_wait(s.k_ring["ready"].at[slot(j)])
-                    common.start_product(s1, q, s.k.at[slot(j)], interpret)
-                    before_s2()
-                    common.start_product(s2, r, s.k.at[slot(j)], interpret)
-                    plgpu.barrier_wait(s.v_ring["ready"].at[slot(j)])
-
-                def weights(j, masked):
-                    t1 = common.read(s1, pending=1)
-                    visible = masks.visible(mask_refs, batch_index, rows.start, j * BLOCK) if masked else None
-                    return tiles.backward_weights(t1, c, visible, row_stat(0))
-
-                def add_keys(j, p, then):
-                    w = tiles.combined_weights(p, common.read(s2), row_stat(1))
-                    p, w = lax.optimization_barrier((p.astype(jnp.float16), w))
-                    common.start_product(a, do, s.v.at[slot(j)], interpret)
-                    x = common.read(a)
-                    plgpu.barrier_arrive(s.v_ring["free"].at[slot(j)])
-                    ds1, ds2 = tiles.score_gradients(p.astype(jnp.float32), w, x, row_stat(2), row_stat(3))
-                    ds1, ds2 = lax.optimization_barrier((ds1.astype(dtype), ds2.astype(dtype)))
-                    turns.take()
-                    common.add_product(dq, ds1, s.k.at[slot(j)], interpret)
-                    common.add_product(dr, ds2, s.k.at[slot(j)], interpret)
-                    then()
-
-                def keys_done(j, pending):
-                    plgpu.wgmma_wait(pending)
-                    turns.give()
-                    plgpu.barrier_arrive(s.k_ring["free"].at[slot(j)])
-
-                def body(j, p, masked):
-                    add_keys(j - 1, p, lambda: start_scores(j, functools.partial(keys_done, j - 1, 1)))
-                    return weights(j, masked)
-
-                start_scores(own.first)
-                p = weights(own.first, True)
-                for start, stop, masked in common.phases(own, masks.keys_start_masked):
-                    p = lax.fori_loop(start, stop, functools.partial(body, masked=masked), p)
-                add_keys(own.last - 1, p, functools.partial(keys_done, own.last - 1, 0))
-                return common.read(dq, dr)
-
-            lax.fori_loop(first, own.first, skip, None)
-            plgpu.barrier_wait(s.rows_ready.at[group])
-            dout = plgpu.load(do, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
-            # tau = rowsum(dO * out), beta = rowsum(dO * v_mean)
-            stat[2], stat[3] = [jnp.sum(dout * x.astype(jnp.float32), axis=-1) for x in results]
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(stat, stat_ref.at[batch_index, head, :, rows])
-            dq, dr = pl.run_scoped(attend, *common.accumulators(head_dim, head_dim, BLOCK, BLOCK, BLOCK))
-            lax.fori_loop(own.last, last, skip, None)
-            q[...], r[...] = (dq * scale).astype(dtype), dr.astype(dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(q, dq_ref.at[batch_index, rows, head])
-            plgpu.copy_smem_to_gmem(r, dr_ref.at[batch_index, rows, head])
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            turns.end()
-
-        @pl.when(group == GROUPS)
-        def _copy():
-            plgpu.set_max_registers(common.COPY_REGISTERS, action="decrease")
-            kv_head = lax.div(head, heads // kv_heads)
-
-            def load_rows(i):
-                rows, ready = pl.ds(row + i * BLOCK, BLOCK), s.rows_ready.at[i]
-                for src, dst in ((q_ref, s.q), (r_ref, s.r), (do_ref, s.do)):
-                    plgpu.copy_gmem_to_smem(src.at[batch_index, rows, head], dst.at[i], ready)
-                for n, src in enumerate((lse_ref, t_mean_ref)):
-                    plgpu.copy_gmem_to_smem(src.at[batch_index, head, rows], s.stat.at[i, n], ready)
-
-            def load_keys(j, wait=True):
-                keys = pl.ds(j * BLOCK, BLOCK)
-                for src, dst, ring in ((k_ref, s.k, s.k_ring), (v_ref, s.v, s.v_ring)):
-                    free, ready = ring["free"].at[slot(j)], ring["ready"].at[slot(j)]
-                    if wait:
-                        pl.when(j - first >= stages)(functools.partial(plgpu.barrier_wait, free))
-                    plgpu.copy_gmem_to_smem(src.at[batch_index, keys, kv_head], dst.at[slot(j)], ready)
-
-            load_rows(0)
-            load_keys(first, wait=False)
-            load_rows(1)
-            lax.fori_loop(first + 1, last, lambda j, _: load_keys(j), None)
-            for ring in (s.k_ring, s.v_ring):
-                common.drain(ring["free"], last - first, stages)
-
-    tile = functools.partial(common.swizzled, BLOCK, head_dim, dtype=dtype)
-    gradient = jax.ShapeDtypeStruct(query.shape, dtype)
     return plgpu.kernel(
         kernel,
-        out_type=(gradient, gradient, jax.ShapeDtypeStruct((batch, heads, 4, lse.shape[2]), jnp.float32)),
+        out_type=jax.ShapeDtypeStruct((batch, heads, 4, num_blocks * BLOCK), jnp.float32),
         scratch_types=dict(
-            q=tile(GROUPS),
-            r=tile(GROUPS),
-            do=tile(GROUPS),
-            k=tile(stages),
-            v=tile(stages),
-            stat=plgpu.SMEM((GROUPS, 4, BLOCK), jnp.float32),
-            rows_ready=plgpu.Barrier(num_arrivals=5, num_barriers=GROUPS),
-            k_ring=common.ring(stages),
-            v_ring=common.ring(stages),
-            turn=plgpu.Barrier(num_barriers=GROUPS),
+            operands=common.swizzled(BLOCK, head_dim, 3, dtype=dout.dtype),
+            stat=plgpu.SMEM((4, BLOCK), jnp.float32),
+            ready=plgpu.Barrier(num_arrivals=5),
         ),
-        **common.launch("parallax_backward_rows", batch * heads * num_row_blocks, interpret),
-    )(query, probe, key, value, dout, out, v_mean, lse, t_mean, *masks.arrays)
+        **(common.launch("parallax_backward_stats", batch * heads * num_blocks, interpret) | dict(num_threads=1)),
+    )(dout, out, v_mean, lse, t_mean)
 
 
-def _columns(query, probe, key, value, dout, stats, masks, *, scale, stages, interpret):
-    """Returns (dkey, dvalue), summed over the query heads that share a key. Tiles are transposed: (keys, rows)."""
-    batch, _, heads, head_dim = query.shape
+def _gradients(query, probe, key, value, dout, stats, masks, *, scale, stages, interpret):
+    """Returns (dquery, dprobe, dkey, dvalue). Tiles are transposed: (keys, rows).
+
+    A program takes 128 keys and walks over their rows, from the last to the first. It keeps dkey and dvalue, and adds
+    its share of dquery and dprobe to float32 sums in memory, row block by row block, each in the order of the keys. The
+    last to add to a row block rounds its sums.
+    """
+    batch, num_rows, heads, head_dim = query.shape
     num_keys, kv_heads = key.shape[1:3]
     group_heads = heads // kv_heads
     dtype = query.dtype
     c = scale * tiles.LOG2_E
-    num_key_blocks = pl.cdiv(num_keys, GROUPS * BLOCK)
+    num_key_blocks, num_row_blocks = pl.cdiv(num_keys, KEYS), pl.cdiv(num_rows, BLOCK)
+    heads_at_once = min(_heads_at_once(num_rows, head_dim, group_heads), batch * kv_heads)
+    halves = head_dim // 64
+    visits = masks.visits()
+
+    def work_item():
+        """(batch, head, key block) of this program. The longest start first: under a causal mask the first keys."""
+        item = lax.axis_index("item")
+        some_heads, item = lax.div(item, heads_at_once * num_key_blocks), lax.rem(item, heads_at_once * num_key_blocks)
+        count = jnp.minimum(batch * kv_heads - some_heads * heads_at_once, heads_at_once)
+        block, head = lax.div(item, count), some_heads * heads_at_once + lax.rem(item, count)
+        return lax.div(head, kv_heads), lax.rem(head, kv_heads), block
 
     def kernel(q_ref, r_ref, k_ref, v_ref, do_ref, stat_ref, *refs, **scratch):
         s = types.SimpleNamespace(**scratch)
-        mask_refs, (dk_ref, dv_ref) = refs[:-2], refs[-2:]
+        ds, staged_late = s.ds_or_staged if halves > 1 else (s.ds_or_staged, None)
+        visit_refs, mask_refs = refs[: len(visits)], refs[len(visits) : -6]
+        sum_refs, row_gradient_refs, (dk_ref, dv_ref) = refs[-6:-4], refs[-4:-2], refs[-2:]
+        if not interpret:  # how many programs have added to a row block
+            turns_taken = pl.get_global(plgpu.SemaphoreType.REGULAR((2, batch, heads, num_row_blocks)))
         group = lax.axis_index("group")
-        batch_index, kv_head, block = common.work_item(batch, kv_heads)
-        key = block * (GROUPS * BLOCK)  # under a causal mask the first keys have the most rows
-        first, last, bounds = masks.row_bounds(mask_refs, batch_index, key)
+        batch_index, kv_head, block = work_item()
+        key = block * KEYS
+        visit = masks.visit(visit_refs, mask_refs, batch_index, block)
+
+        def num_steps():
+            return group_heads * (visit.last - visit.first)
+
+        def row_tile(step):
+            """(query head, row block) of a step: every head that shares the keys, then the row block before."""
+            return kv_head * group_heads + lax.rem(step, group_heads), visit.last - 1 - lax.div(step, group_heads)
+
+        def staged(kind):
+            """The 64 columns each of a tile of sums, for dquery (0) or dprobe (1), on their way to memory."""
+            return [s.staged.at[kind], *([staged_late.at[kind]] if halves > 1 else [])]
+
+        def round_sums(kind):
+            """Of the row blocks to which no later key block adds, those of the last steps."""
+            tile = s.q.at[kind]  # no product reads it any more
+
+            def round_rows(step, _):
+                head, row_block = row_tile(step)
+                rows = pl.ds(row_block * BLOCK, BLOCK)
+                sums = plgpu.load(
+                    sum_refs[kind].at[batch_index, rows, head], layout=plgpu.Layout.WGMMA, optimized=False
+                )
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                tile[...] = sums.astype(dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(tile, row_gradient_refs[kind].at[batch_index, rows, head])
+
+            plgpu.barrier_wait(s.summed.at[kind])
+            lax.fori_loop(group_heads * (visit.last - visit.done), num_steps(), round_rows, None)
 
         @pl.when(group < GROUPS)
         def _compute():
             plgpu.set_max_registers(common.COMPUTE_REGISTERS, action="increase")
-            own = jax.tree.map(functools.partial(jnp.where, group == 0), *bounds)
             keys = pl.ds(key + group * BLOCK, BLOCK)
-            k, v = s.k.at[group], s.v.at[group]
-            turns = common.Turns(s.turn, group)
 
-            def add_head(g, accumulators):
-                dk, dv, s1, s2, a = accumulators
+            def attend(dk, dv, s1, s2, a, dx):
+                def slot(step):
+                    return common.ring_slot(step, stages)
 
-                def slot(j):
-                    return common.ring_slot(g * (last - first) + j - first, stages)
+                def row_stat(step, i):
+                    return plgpu.load(s.stat.at[slot(step), i], layout=common.row_layout(1), optimized=False)
 
-                def skip(j, _):
-                    plgpu.barrier_wait(s.ring["ready"].at[slot(j)])
-                    plgpu.barrier_arrive(s.ring["free"].at[slot(j)])
-                    turns.take()
-                    turns.give()
+                def hidden(j):
+                    """0 that the compiler cannot see: addresses made with it stay in the loop, registers are scarce."""
+                    return lax.shift_right_arithmetic(j, 31)
 
-                def row_stat(j, i):
-                    return plgpu.load(s.stat.at[slot(j), i], layout=common.row_layout(1), optimized=False)
+                def centre(accumulator, i, step):
+                    """Sets the starting value, before any product starts: none runs on while registers are written."""
+                    common.assign(accumulator, tiles.spread(row_stat(step, i), accumulator, -2), interpret)
 
-                def start_scores(j, before_s2=lambda: None):
-                    plgpu.barrier_wait(s.ring["ready"].at[slot(j)])
-                    common.start_product(s1, k, s.q.at[slot(j)], interpret)
-                    before_s2()
-                    common.start_product(s2, k, s.r.at[slot(j)], interpret)
+                def start_scores(step, j):
+                    plgpu.barrier_wait(s.ring["ready"].at[slot(step)])
+                    k, q, r = s.k.at[group + hidden(j)], s.q.at[slot(step)], s.r.at[slot(step)]
+                    centre(s2, 1, step)
+                    common.start_product(s1, k, q, interpret)
+                    plgpu.wgmma(s2, k, r.transpose((1, 0)))
 
-                def weights(j, masked):
+                def weights(step, j):
                     t1 = common.read(s1, pending=1)
-                    tile = j * BLOCK, keys.start
-                    visible = masks.visible(mask_refs, batch_index, *tile, key_axis=0) if masked else None
-                    return tiles.backward_weights(t1, c, visible, row_stat(j, 0), key_axis=0)
+                    p = tiles.backward_weights(t1, c, None, row_stat(step, 0), key_axis=0)
 
-                def add_rows(j, p, then):
-                    w = tiles.combined_weights(p, common.read(s2), row_stat(j, 1), key_axis=0)
+                    def hide(p):
+                        visible = masks.visible(mask_refs, batch_index, j * BLOCK, keys.start, key_axis=0)
+                        return jnp.where(visible, p, 0.0)
+
+                    is_full = (j >= visit.full_first) & (j < visit.full_last)
+                    return lax.cond(is_full, lambda p: p, hide, p)
+
+                def add_rows(step, j, p, next_j=None):
+                    q, r, do = (x.at[slot(step)] for x in (s.q, s.r, s.do))
+                    s2_centred = common.read(s2)
+                    w = -p * s2_centred
                     p, w = lax.optimization_barrier((p.astype(jnp.float16), w.astype(dtype)))
-                    common.start_product(a, v, s.do.at[slot(j)], interpret)
-                    common.add_product(dv, w, s.do.at[slot(j)], interpret)
-                    p, w = p.astype(jnp.float32), w.astype(jnp.float32)
-                    ds1, ds2 = tiles.score_gradients(
-                        p, w, common.read(a, pending=1), row_stat(j, 2), row_stat(j, 3), key_axis=0
-                    )
+                    centre(a, 2, step)
+                    plgpu.wgmma(a, s.v.at[group + hidden(j)], do.transpose((1, 0)))
+                    common.add_product(dv, w, do, interpret)
+                    p, d = p.astype(jnp.float32), common.read(a, pending=1)
+                    ds2 = -p * d
+                    ds1 = ds2 * s2_centred + p * tiles.spread(row_stat(step, 3), p, -2)
                     ds1, ds2 = lax.optimization_barrier(((ds1 * scale).astype(dtype), ds2.astype(dtype)))
-                    turns.take()
-                    common.add_product(dk, ds1, s.q.at[slot(j)], interpret)
-                    common.add_product(dk, ds2, s.r.at[slot(j)], interpret)
-                    then()
+                    common.add_product(dk, ds1, q, interpret)
+                    common.add_product(dk, ds2, r, interpret)
+                    pl.when(step > 0)(lambda: plgpu.barrier_wait(s.written))
+                    ds[0, group + hidden(j)], ds[1, group + hidden(j)] = ds1, ds2
+                    plgpu.commit_smem()
+                    plgpu.barrier_arrive(s.ds_ready)
+                    # One warpgroup sums dquery over all the program's keys, the other dprobe.
+                    plgpu.barrier_wait(s.ds_ready)
+                    plgpu.wgmma_wait(0)
+                    plgpu.barrier_arrive(s.ring["free"].at[slot(step)])
+                    common.assign(dx, common.zeros(head_dim), interpret)
+                    for i in range(GROUPS):
+                        plgpu.wgmma(dx, ds.at[group + hidden(j), i].transpose((1, 0)), s.k.at[i + hidden(j)])
+                    x = common.read(dx)
+                    for i, half in enumerate(staged(group)):
+                        half[...] = lax.slice(x, (0, i * 64), (BLOCK, (i + 1) * 64))
+                    plgpu.commit_smem()
+                    plgpu.barrier_arrive(s.to_write.at[group])
+                    if next_j is not None:
+                        start_scores(step + 1, next_j)
 
-                def rows_done(j, pending):
-                    plgpu.wgmma_wait(pending)
-                    turns.give()
-                    plgpu.barrier_arrive(s.ring["free"].at[slot(j)])
+                def body(step, carry):
+                    j, p = carry
+                    next_j = jnp.where(lax.rem(step, group_heads) == 0, j - 1, j)  # row_tile's: a division would spill
+                    add_rows(step - 1, j, p, next_j)
+                    return next_j, weights(step, next_j)
 
-                def body(j, p, masked):
-                    add_rows(j - 1, p, lambda: start_scores(j, functools.partial(rows_done, j - 1, 1)))
-                    return weights(j, masked)
+                last = visit.last - 1
+                start_scores(0, last)
+                j, p = lax.fori_loop(1, num_steps(), body, (last, weights(0, last)))
+                add_rows(num_steps() - 1, j, p)
+                return common.read(dk, dv)
 
-                lax.fori_loop(first, own.first, skip, None)
-                start_scores(own.first)
-                p = weights(own.first, True)
-                for start, stop, masked in common.phases(own, masks.rows_start_masked):
-                    p = lax.fori_loop(start, stop, functools.partial(body, masked=masked), p)
-                add_rows(own.last - 1, p, functools.partial(rows_done, own.last - 1, 0))
-                lax.fori_loop(own.last, last, skip, None)
-
-            def attend(*accumulators):
-                lax.fori_loop(0, group_heads, lambda g, _: add_head(g, accumulators), None)
-                return common.read(*accumulators[:2])
-
-            plgpu.barrier_wait(s.keys_ready.at[group])
-            dk, dv = pl.run_scoped(attend, *common.accumulators(head_dim, head_dim, BLOCK, BLOCK, BLOCK))
+            for i in range(GROUPS):
+                plgpu.barrier_wait(s.keys_ready.at[i])
+            widths = head_dim, head_dim, BLOCK, BLOCK, BLOCK, head_dim
+            dk, dv = pl.run_scoped(attend, *common.accumulators(*widths))
+            plgpu.barrier_wait(s.written)  # the other warpgroup, too, has read the keys for the last time
+            k, v = s.k.at[group], s.v.at[group]
             k[...], v[...] = dk.astype(dtype), dv.astype(dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(k, dk_ref.at[batch_index, keys, kv_head])
             plgpu.copy_smem_to_gmem(v, dv_ref.at[batch_index, keys, kv_head])
+            for kind in range(2):
+                pl.when(group == kind)(functools.partial(round_sums, kind))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            turns.end()
+
+        def load():
+            refs = q_ref, r_ref, do_ref, stat_ref, k_ref, v_ref
+            common.load_keys_and_rows(s, refs, batch_index, kv_head, key, num_steps(), row_tile, stages)
+
+        def write(kind):
+            """Adds to dquery or dprobe in memory, always in the order of the key blocks: nothing is left to chance.
+
+            Earlier key blocks start earlier or together with this one, and all of them go from the last rows to the
+            first. So each finds that its predecessor has been there, and waits for long only if that one was delayed.
+            It waits only for programs with smaller indices, which have started before it: there is no deadlock.
+            """
+
+            def write_rows(step, _):
+                head, row_block = row_tile(step)
+                turn = block - masks.first_visitor(visit_refs, batch_index, row_block)
+                if not interpret:  # Pallas' interpreter runs one program after the other
+                    semaphore = turns_taken.at[kind, batch_index, head, row_block]
+                    plgpu.semaphore_wait(semaphore, turn, decrement=False, memory_scope="gpu")
+                plgpu.barrier_wait(s.to_write.at[kind])
+                for i, half in enumerate(staged(kind)):
+                    columns = pl.ds(i * 64, 64)
+                    destination = sum_refs[kind].at[batch_index, pl.ds(row_block * BLOCK, BLOCK), head, columns]
+                    common.add_to(destination, half, turn == 0, interpret)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                plgpu.barrier_arrive(s.written)
+                plgpu.wait_smem_to_gmem(0)
+                if not interpret:
+                    plgpu.semaphore_signal(semaphore, 1, memory_scope="gpu")
+
+            lax.fori_loop(0, num_steps(), write_rows, None)
+            plgpu.barrier_arrive(s.summed.at[kind])
 
         @pl.when(group == GROUPS)
         def _copy():
             plgpu.set_max_registers(common.COPY_REGISTERS, action="decrease")
 
-            def row_tile(step):
-                return kv_head * group_heads + lax.div(step, last - first), first + lax.rem(step, last - first)
-
-            refs, num_steps = (q_ref, r_ref, do_ref, stat_ref, k_ref, v_ref), group_heads * (last - first)
-            common.load_keys_and_rows(s, refs, batch_index, kv_head, key, num_steps, row_tile, stages)
+            @plgpu.warp_map
+            def _(warp):
+                pl.when(warp == 0)(load)
+                for kind in range(2):
+                    pl.when(warp == 1 + kind)(functools.partial(write, kind))
 
     tile = functools.partial(common.swizzled, BLOCK, head_dim, dtype=dtype)
-    return plgpu.kernel(
+    staged_type = plgpu.SMEM(
+        (2, BLOCK, 64), jnp.float32, transforms=(plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
+    )
+    ds_type = plgpu.SMEM(
+        (2, GROUPS, BLOCK, BLOCK), dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    )
+    sums = jax.ShapeDtypeStruct((batch, num_row_blocks * BLOCK, heads, head_dim), jnp.float32)
+    _, _, *results = plgpu.kernel(
         kernel,
-        out_type=(jax.ShapeDtypeStruct(key.shape, dtype), jax.ShapeDtypeStruct(value.shape, dtype)),
+        out_type=(sums, sums, *(jax.ShapeDtypeStruct(x.shape, dtype) for x in (query, probe, key, value))),
         scratch_types=dict(
             q=tile(stages),
             r=tile(stages),
@@ -314,9 +308,15 @@ def _columns(query, probe, key, value, dout, stats, masks, *, scale, stages, int
             k=tile(GROUPS),
             v=tile(GROUPS),
             stat=plgpu.SMEM((stages, 4, BLOCK), jnp.float32),
+            staged=staged_type,
+            ds_or_staged=plgpu.RefUnion(ds_type, staged_type) if halves > 1 else ds_type,
             keys_ready=plgpu.Barrier(num_arrivals=2, num_barriers=GROUPS),
             ring=common.ring(stages, copies=4),
-            turn=plgpu.Barrier(num_barriers=GROUPS),
+            ds_ready=plgpu.Barrier(num_arrivals=GROUPS),
+            to_write=plgpu.Barrier(num_barriers=2),
+            written=plgpu.Barrier(num_arrivals=2),
+            summed=plgpu.Barrier(num_barriers=2),
         ),
-        **common.launch("parallax_backward_columns", batch * kv_heads * num_key_blocks, interpret),
-    )(query, probe, key, value, dout, stats, *masks.arrays)
+        **common.launch("parallax_backward", batch * kv_heads * num_key_blocks, interpret),
+    )(query, probe, key, value, dout, stats, *visits, *masks.arrays)
+    return tuple(results)

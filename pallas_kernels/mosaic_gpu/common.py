@@ -5,6 +5,8 @@ them read into a ring of slots in shared memory. The two take turns on the tenso
 of one runs under the products of the other.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -210,29 +212,48 @@ def _some_work(bounds: blocks.Bounds, num_blocks: int) -> blocks.Bounds:
     return bounds._replace(first=first, last=jnp.maximum(bounds.last, first + 1))
 
 
+class Visit(NamedTuple):
+    """Row blocks [first, last) that a block of keys visits, from the last to the first.
+
+    Attributes:
+      first: the first row block.
+      done: no later keys visit those before it.
+      full_first: from here on,
+      full_last: up to here, no element needs a mask.
+      last: one past the last row block.
+    """
+
+    first: jax.Array
+    done: jax.Array
+    full_first: jax.Array
+    full_last: jax.Array
+    last: jax.Array
+
+
 class Masks:
     """A `blocks.Mask` as arrays for a kernel, and what the kernel asks of them.
 
     Attributes:
       arrays: the kernel's inputs; it hands their references back as `refs`.
+      spans: inputs after these for a kernel over rows: which keys each block's segments span, if there are segments.
       keys_start_masked: a row block's first key blocks may need a mask, not only its last.
-      rows_start_masked: the same for a key block's row blocks.
       is_plain: causal or full, nothing else.
+      num_row_blocks: blocks of 64 rows.
     """
 
     def __init__(self, mask: blocks.Mask, num_queries: int, num_keys: int):
         self._mask, self._num_keys = mask, num_keys
         self._static = dict(num_queries=num_queries, is_causal=mask.is_causal, window=mask.window)
         self.keys_start_masked = mask.window is not None or mask.segment_ids is not None
-        self.rows_start_masked = mask.is_causal or self.keys_start_masked
         self.is_plain = not self.keys_start_masked and mask.lengths is None
-        self.arrays = [jnp.reshape(mask.offset, (1,))]
+        self.num_row_blocks = pl.cdiv(num_queries, BLOCK)
+        self.arrays, self.spans = [jnp.reshape(mask.offset, (1,))], []
         if mask.lengths is not None:
             self.arrays.append(mask.lengths)
         if mask.segment_ids is not None:
             for ids in (mask.segment_ids, mask.segments_of_keys):
                 self.arrays.append(jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % (GROUPS * BLOCK))), mode="edge"))
-            self.arrays += [mask.row_spans(BLOCK), mask.key_spans(BLOCK)]
+            self.spans.append(mask.row_spans(BLOCK))
 
     def _split(self, refs, batch):
         """(offset, length, references of the segments of rows and of keys, references of their spans)."""
@@ -240,27 +261,71 @@ class Masks:
         length = rest.pop(0)[batch] if self._mask.lengths is not None else self._num_keys
         return offset[0], length, rest[:2], rest[2:]
 
-    def _bounds(self, by_rows: bool, refs, batch, start, num_blocks: int):
-        """(range of blocks that both warpgroups of an item visit, each warpgroup's own bounds)."""
+    def key_bounds(self, refs, batch, row):
+        """Key blocks of rows [row, row + 128): (first, last) of both warpgroups, each warpgroup's own bounds."""
         offset, length, _, spans = self._split(refs, batch)
-        function, spans = (blocks.key_bounds, spans[:1]) if by_rows else (blocks.row_bounds, spans[1:])
-        own = []
-        for position in (start, start + BLOCK):
+        num_blocks, own = pl.cdiv(self._num_keys, BLOCK), []
+        for position in (row, row + BLOCK):
             segment = None
             for ref in spans:
                 block = jnp.minimum(lax.div(position, BLOCK), ref.shape[1] - 1)
                 segment = tuple(ref[batch, block, i] for i in range(4))
-            bounds = function(position, BLOCK, BLOCK, offset=offset, length=length, segment=segment, **self._static)
-            own.append(_some_work(bounds, num_blocks))
+            options = dict(offset=offset, length=length, segment=segment, **self._static)
+            own.append(_some_work(blocks.key_bounds(position, BLOCK, BLOCK, **options), num_blocks))
         return jnp.minimum(own[0].first, own[1].first), jnp.maximum(own[0].last, own[1].last), own
 
-    def key_bounds(self, refs, batch, row):
-        """Key blocks of rows [row, row + 128)."""
-        return self._bounds(True, refs, batch, row, pl.cdiv(self._num_keys, BLOCK))
-
-    def row_bounds(self, refs, batch, key):
+    def _rows_of(self, key, offset, length, segment=None) -> blocks.Bounds:
         """Row blocks of keys [key, key + 128)."""
-        return self._bounds(False, refs, batch, key, pl.cdiv(self._static["num_queries"], BLOCK))
+        options = dict(offset=offset, length=length, segment=segment, **self._static)
+        return blocks.row_bounds(key, BLOCK, GROUPS * BLOCK, **options)
+
+    def visits(self) -> list[jax.Array]:
+        """Which row blocks each 128 keys visit, and which of these keys visit a row block first: inputs for `visit`.
+
+        Visited are all row blocks that see one of the keys, and so many more that `first` and `last` never decrease
+        from one key block to the next, that every row block has a visitor, and every key block something to visit. So
+        the visitors of a row block are neighbours.
+
+        Returns:
+          The `Visit` of each key block, (B or 1, blocks, 5), and the first visitor of each row block, (B or 1, blocks),
+          both int32. Nothing for causal and full masks: each key block visits what all later ones do.
+        """
+        mask, num_rows = self._mask, self.num_row_blocks
+        if self.is_plain:
+            return []
+        key = jnp.arange(0, self._num_keys, GROUPS * BLOCK, dtype=jnp.int32)[None]
+        length = self._num_keys if mask.lengths is None else mask.lengths[:, None]
+        segment = mask.key_spans(GROUPS * BLOCK)
+        segment = segment if segment is None else tuple(jnp.moveaxis(segment, -1, 0))
+        *bounds, _ = jnp.broadcast_arrays(*self._rows_of(key, mask.offset, length, segment), key)
+        first, full_first, full_last, last = bounds
+        is_empty, is_last = first >= last, jnp.arange(key.size) == key.size - 1
+        first, last = jnp.where(is_empty, num_rows, first), jnp.where(is_empty, 1, last)
+        last = jnp.where(is_last, num_rows, last)
+        visits_late = last[:, None] > jnp.arange(num_rows)[:, None]
+        first_visitor = jnp.argmax(visits_late, axis=-1)
+        last = lax.cummax(last, axis=1)
+        last_before = jnp.pad(last[:, :-1], ((0, 0), (1, 0)))
+        first = jnp.minimum(lax.cummin(first, axis=1, reverse=True), jnp.minimum(last_before, last - 1))
+        done = jnp.pad(first[:, 1:], ((0, 0), (0, 1)), constant_values=num_rows)
+        return [jnp.stack(Visit(first, done, full_first, full_last, last), axis=-1), first_visitor.astype(jnp.int32)]
+
+    def visit(self, visits, refs, batch, block) -> Visit:
+        """Of key block `block` of `batch`; `visits` are references to the arrays of the function of that name."""
+        if visits:
+            table, _ = visits
+            return Visit(*(table[jnp.minimum(batch, table.shape[0] - 1), block, i] for i in range(table.shape[2])))
+        num_rows, num_blocks = self.num_row_blocks, pl.cdiv(self._num_keys, GROUPS * BLOCK)
+        offset, length, *_ = self._split(refs, batch)
+        here, after = (self._rows_of((block + i) * (GROUPS * BLOCK), offset, length) for i in range(2))
+        first, done = (jnp.minimum(x.first, num_rows - 1) for x in (here, after))
+        first, done = jnp.where(block == 0, 0, first), jnp.where(block == num_blocks - 1, num_rows, done)
+        last = jnp.minimum(here.last, num_rows)  # always num_rows, which the compiler must not know: it would spill
+        return Visit(first, done, here.full_first, here.full_last, last)
+
+    def first_visitor(self, visits, batch, row_block) -> jax.Array:
+        """The first key block that visits a row block."""
+        return visits[1][jnp.minimum(batch, visits[1].shape[0] - 1), row_block] if visits else jnp.int32(0)
 
     def visible(self, refs, batch, row, key, key_axis: int = 1) -> jax.Array:
         """The tile of keys [key, key + 64) that rows [row, row + 64) see."""

@@ -179,5 +179,5 @@ def forward(query, probe, key, value, mask, *, scale, stages, interpret):
             turn=plgpu.Barrier(num_barriers=GROUPS),
         ),
         **common.launch("parallax_forward", batch * heads * num_row_blocks, interpret),
-    )(query, probe, key, value, *masks.arrays)
+    )(query, probe, key, value, *masks.arrays, *masks.spans)
     return out[:, :num_queries], v_mean[:, :num_queries], lse[..., :num_queries], t_mean[..., :num_queries]
