@@ -16,9 +16,11 @@ _COLORS |= {"Parallax, no RoPE on the probe": "tab:green"}
 _LINES = {"muon": "-", "adamw": "--"}
 
 
-def _mean_and_error(values) -> tuple[float, float]:
+def _with_error(values, form: str = ".4f") -> str:
+    """Mean ± standard error; of one value, itself."""
     values = list(values)
-    return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    mean = format(statistics.mean(values), form)
+    return f"{mean} ± {statistics.stdev(values) / len(values) ** 0.5:.4f}" if len(values) > 1 else f"{mean} (one seed)"
 
 
 def _page(size: str, rows: list[dict], picture: str) -> list[str]:
@@ -30,13 +32,13 @@ def _page(size: str, rows: list[dict], picture: str) -> list[str]:
     losses: dict = defaultdict(dict)  # (arm, optimizer) -> seed -> validation loss
     for row in final:
         losses[row["arm"], row["optimizer"]][row["seed"]] = row["validation_loss"]
-    one = final[0]
     shape = SIZES[size]
+    every = lambda name: ", ".join(sorted({str(row[name]) for row in final}))
     lines = [
         f"## {size}: {shape.layers} layers of width {shape.width}",
         "",
-        f"{steps} updates of {shape.batch} x {shape.seq_len} bytes; {one['device']}, jax {one['jax']}, {one['dtype']}, "
-        f"commit {', '.join(sorted({str(row['commit']) for row in final}))}.",
+        f"{steps} updates of {shape.batch} x {shape.seq_len} bytes; {every('device')}; jax {every('jax')}, "
+        f"{every('dtype')}, commit {every('commit')}.",
         "",
         f"![losses and diagnostics]({picture})",
         "",
@@ -46,10 +48,9 @@ def _page(size: str, rows: list[dict], picture: str) -> list[str]:
     for arm in ARMS:
         for optimizer in RATES:
             if found := losses.get((arm, optimizer)):
-                mean, error = _mean_and_error(found.values())
                 row = next(r for r in final if (r["arm"], r["optimizer"]) == (arm, optimizer))
                 by_seed = ", ".join(f"{found[seed]:.4f}" for seed in sorted(found))
-                text = f"{mean:.4f} ± {error:.4f} | {by_seed}"
+                text = f"{_with_error(found.values())} | {by_seed}"
                 lines.append(f"| {arm} | {row['parameters']:,} | {_OPTIMIZERS[optimizer]} | {row['rate']:g} | {text} |")
 
     lines += [
@@ -73,7 +74,7 @@ def _page(size: str, rows: list[dict], picture: str) -> list[str]:
             continue
         common = gaps["muon"].keys() & gaps["adamw"].keys()
         columns = [*(gap.values() for gap in gaps.values()), [gaps["muon"][s] - gaps["adamw"][s] for s in common]]
-        cells = ["{:+.4f} ± {:.4f}".format(*_mean_and_error(column)) for column in columns if column]
+        cells = [_with_error(column, "+.4f") for column in columns if column]
         lines.append(f"| {first} minus {second} | " + " | ".join(cells) + " |")
 
     last = [row for row in final if row.get("statistics")]
@@ -133,7 +134,7 @@ def _figure(size: str, rows: list[dict], path: Path):
     for row in final:
         if row["steps"] == steps:
             groups[row["arm"], row["optimizer"]].append(row)
-    figure = Figure(figsize=(14, 4.2), layout="constrained")
+    figure = Figure(figsize=(14, 4.8), layout="constrained")
     loss, ratio, rank = figure.subplots(1, 3)
     for (arm, optimizer), found in groups.items():
         style = {"color": _COLORS[arm], "linestyle": _LINES[optimizer], "label": f"{arm}, {_OPTIMIZERS[optimizer]}"}
@@ -154,7 +155,7 @@ def _figure(size: str, rows: list[dict], path: Path):
     rank.set(xlabel="update", title="stable rank of W_R, mean over layers", yscale="log")
     for axes in (loss, ratio, rank):
         axes.grid(alpha=0.3)
-    loss.legend(fontsize="x-small")
+    figure.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
     figure.savefig(path, dpi=120)
 
 
