@@ -15,9 +15,9 @@ pytestmark = pytest.mark.compile
 BATCH, LENGTH, HEADS = 2, 1024, 4
 # In the backward pass no product waits at all; in the forward pass one before the loop may (C7517).
 SERIALISED = re.compile(r"\(C751\d\)[^\n]*(?:serialized|'parallax_backward_mosaic_gpu_kernel')")
-# The backward pass holds all that it can in registers and parks addresses and constants elsewhere.
-SPILLS = re.compile(r"'parallax_backward_mosaic_gpu_kernel', (\d+) bytes spill stores, (\d+) bytes spill loads")
-MOST_SPILLED = 160  # bytes; 64 without segments
+# Both passes hold all that they can in registers and park addresses and constants elsewhere.
+SPILLS = re.compile(r"'parallax_\w+_mosaic_gpu_kernel', (\d+) bytes spill stores, (\d+) bytes spill loads")
+MOST_SPILLED, MOST_SPILLED_PLAIN = 192, 64  # bytes, with every mask at once and with causal or full masks alone
 
 
 def compile_kernels(is_causal=True, window=None, packed=False, ragged=False, kv_heads=2, width=128, dtype=jnp.bfloat16):
@@ -67,4 +67,5 @@ def test_products_overlap(call, monkeypatch, capfd):
     report = report.out + report.err
     assert report.count("Compiling entry function") == 3
     assert not SERIALISED.findall(report)
-    assert all(int(size) <= MOST_SPILLED for sizes in SPILLS.findall(report) for size in sizes)
+    most = MOST_SPILLED if {"window", "packed", "ragged"} & call.keys() else MOST_SPILLED_PLAIN
+    assert all(int(size) <= most for sizes in SPILLS.findall(report) for size in sizes)

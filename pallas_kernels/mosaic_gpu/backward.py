@@ -163,17 +163,13 @@ def _gradients(query, probe, key, value, dout, stats, masks, *, scale, stages, i
                 def row_stat(step, i):
                     return plgpu.load(s.stat.at[slot(step), i], layout=common.row_layout(1), optimized=False)
 
-                def hidden(j):
-                    """0 that the compiler cannot see: addresses made with it stay in the loop, registers are scarce."""
-                    return lax.shift_right_arithmetic(j, 31)
-
                 def centre(accumulator, i, step):
                     """Sets the starting value, before any product starts: none runs on while registers are written."""
                     common.assign(accumulator, tiles.spread(row_stat(step, i), accumulator, -2), interpret)
 
                 def start_scores(step, j):
                     plgpu.barrier_wait(s.ring["ready"].at[slot(step)])
-                    k, q, r = s.k.at[group + hidden(j)], s.q.at[slot(step)], s.r.at[slot(step)]
+                    k, q, r = s.k.at[group + common.hidden_zero(j)], s.q.at[slot(step)], s.r.at[slot(step)]
                     centre(s2, 1, step)
                     common.start_product(s1, k, q, interpret)
                     plgpu.wgmma(s2, k, r.transpose((1, 0)))
@@ -195,7 +191,7 @@ def _gradients(query, probe, key, value, dout, stats, masks, *, scale, stages, i
                     w = -p * s2_centred
                     p, w = lax.optimization_barrier((p.astype(jnp.float16), w.astype(dtype)))
                     centre(a, 2, step)
-                    plgpu.wgmma(a, s.v.at[group + hidden(j)], do.transpose((1, 0)))
+                    plgpu.wgmma(a, s.v.at[group + common.hidden_zero(j)], do.transpose((1, 0)))
                     common.add_product(dv, w, do, interpret)
                     p, d = p.astype(jnp.float32), common.read(a, pending=1)
                     ds2 = -p * d
@@ -204,7 +200,7 @@ def _gradients(query, probe, key, value, dout, stats, masks, *, scale, stages, i
                     common.add_product(dk, ds1, q, interpret)
                     common.add_product(dk, ds2, r, interpret)
                     pl.when(step > 0)(lambda: plgpu.barrier_wait(s.written))
-                    ds[0, group + hidden(j)], ds[1, group + hidden(j)] = ds1, ds2
+                    ds[0, group + common.hidden_zero(j)], ds[1, group + common.hidden_zero(j)] = ds1, ds2
                     plgpu.commit_smem()
                     plgpu.barrier_arrive(s.ds_ready)
                     # One warpgroup sums dquery over all the program's keys, the other dprobe.
@@ -213,7 +209,11 @@ def _gradients(query, probe, key, value, dout, stats, masks, *, scale, stages, i
                     plgpu.barrier_arrive(s.ring["free"].at[slot(step)])
                     common.assign(dx, common.zeros(head_dim), interpret)
                     for i in range(GROUPS):
-                        plgpu.wgmma(dx, ds.at[group + hidden(j), i].transpose((1, 0)), s.k.at[i + hidden(j)])
+                        plgpu.wgmma(
+                            dx,
+                            ds.at[group + common.hidden_zero(j), i].transpose((1, 0)),
+                            s.k.at[i + common.hidden_zero(j)],
+                        )
                     x = common.read(dx)
                     for i, half in enumerate(staged(group)):
                         half[...] = lax.slice(x, (0, i * 64), (BLOCK, (i + 1) * 64))

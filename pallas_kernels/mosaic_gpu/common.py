@@ -5,6 +5,7 @@ them read into a ring of slots in shared memory. The two take turns on the tenso
 of one runs under the products of the other.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -198,12 +199,9 @@ def pad_rows(*arrays: jax.Array, multiple: int = 8) -> list[jax.Array]:
     return [jnp.pad(x, ((0, 0), (0, -x.shape[1] % multiple), (0, 0), (0, 0))) for x in arrays]
 
 
-def phases(own: blocks.Bounds, can_start_masked: bool) -> list[tuple[jax.Array, jax.Array, bool]]:
-    """The loops over the blocks after the first: (start, stop, masked)."""
-    full_first = jnp.clip(own.full_first, own.first + 1, own.last)
-    full_last = jnp.clip(own.full_last, full_first, own.last)
-    loops = [(full_first, full_last, False), (full_last, own.last, True)]
-    return [(own.first + 1, full_first, True), *loops] if can_start_masked else loops
+def hidden_zero(block: jax.Array) -> jax.Array:
+    """0 that the compiler cannot see: addresses made with it stay in the loop over blocks, registers are scarce."""
+    return lax.shift_right_arithmetic(block, 25)  # 2^25 blocks of 64 are more rows or keys than an int32 counts
 
 
 def _some_work(bounds: blocks.Bounds, num_blocks: int) -> blocks.Bounds:
@@ -236,7 +234,6 @@ class Masks:
     Attributes:
       arrays: the kernel's inputs; it hands their references back as `refs`.
       spans: inputs after these for a kernel over rows: which keys each block's segments span, if there are segments.
-      keys_start_masked: a row block's first key blocks may need a mask, not only its last.
       is_plain: causal or full, nothing else.
       num_row_blocks: blocks of 64 rows.
     """
@@ -244,8 +241,7 @@ class Masks:
     def __init__(self, mask: blocks.Mask, num_queries: int, num_keys: int):
         self._mask, self._num_keys = mask, num_keys
         self._static = dict(num_queries=num_queries, is_causal=mask.is_causal, window=mask.window)
-        self.keys_start_masked = mask.window is not None or mask.segment_ids is not None
-        self.is_plain = not self.keys_start_masked and mask.lengths is None
+        self.is_plain = mask.window is None and mask.segment_ids is None and mask.lengths is None
         self.num_row_blocks = pl.cdiv(num_queries, BLOCK)
         self.arrays, self.spans = [jnp.reshape(mask.offset, (1,))], []
         if mask.lengths is not None:
@@ -331,25 +327,43 @@ class Masks:
         """The tile of keys [key, key + 64) that rows [row, row + 64) see."""
         offset, length, segments, _ = self._split(refs, batch)
         tile = jax.ShapeDtypeStruct((BLOCK, BLOCK), jnp.int32)
-        axes = dict(row=1 - key_axis, key=key_axis)
-        starts = dict(row=row, key=key)
-        segment = dict(row=None, key=None)
-        for ref, (name, axis) in zip(segments, axes.items(), strict=bool(segments)):
-            ids = plgpu.load(ref.at[batch, pl.ds(starts[name], BLOCK)], layout=row_layout(axis), optimized=False)
-            segment[name] = tiles.spread(ids, tile, 1 - axis)
-        position = {
-            name: plgpu.broadcasted_iota(jnp.int32, tile.shape, axis, layout=plgpu.Layout.WGMMA) + starts[name]
-            for name, axis in axes.items()
-        }
-        return blocks.visible_tile(
-            position["row"],
-            position["key"],
-            offset=offset,
-            length=length,
-            row_segments=segment["row"],
-            key_segments=segment["key"],
-            **{**self._static, "num_queries": None},
-        )
+        is_causal, window = self._static["is_causal"], self._static["window"]
+        across = plgpu.broadcasted_iota(jnp.int32, tile.shape, 1, layout=plgpu.Layout.WGMMA)
+        conditions = []
+        if key_axis == 1:  # bounds on the keys of each row: a thread holds two rows and 16 keys
+            across += lax.shift_right_arithmetic(key, 31)  # 0 (see hidden_zero): computed here, not held all along
+            left = length - key
+            if is_causal or window is not None:
+                down = plgpu.broadcasted_iota(jnp.int32, (BLOCK,), 0, layout=row_layout(0))
+                diagonal = down + (row + offset - key)
+            if is_causal:
+                conditions.append(across <= tiles.spread(jnp.minimum(diagonal, left - 1), tile))
+            else:
+                conditions.append(across < left)
+            if window is not None:
+                conditions.append(across > tiles.spread(diagonal - window, tile))
+        else:  # bounds on the rows of each key
+            down = plgpu.broadcasted_iota(jnp.int32, (BLOCK,), 0, layout=row_layout(0))
+            diagonal = down + (key - offset - row)
+            visible_keys = down < length - key
+            if is_causal:
+                conditions.append(across >= tiles.spread(jnp.where(visible_keys, diagonal, BLOCK), tile))
+            else:
+                conditions.append(tiles.spread(visible_keys, tile))
+            if window is not None:
+                conditions.append(across < tiles.spread(diagonal + window, tile))
+        if segments:
+            axes = 1 - key_axis, key_axis
+            row_ids, key_ids = (
+                tiles.spread(
+                    plgpu.load(ref.at[batch, pl.ds(start, BLOCK)], layout=row_layout(axis), optimized=False),
+                    tile,
+                    1 - axis,
+                )
+                for ref, start, axis in zip(segments, (row, key), axes, strict=True)
+            )
+            conditions.append(row_ids == key_ids)
+        return functools.reduce(jnp.logical_and, conditions)
 
     def hide_padding(self, *arrays):
         """Zeroes keys and values that no query sees, whatever they hold: 0 * NaN would reach the products."""

@@ -44,7 +44,7 @@ def forward(query, probe, key, value, mask, *, scale, stages, interpret):
             plgpu.set_max_registers(common.COMPUTE_REGISTERS, action="increase")
             own = jax.tree.map(functools.partial(jnp.where, group == 0), *bounds)
             rows = pl.ds(row + group * BLOCK, BLOCK)
-            q, r, stat = s.q.at[group], s.r.at[group], s.stat.at[group]
+            stat = s.stat.at[group]
             turns = common.Turns(s.turn, group)
 
             def skip(j, _):
@@ -58,6 +58,7 @@ def forward(query, probe, key, value, mask, *, scale, stages, interpret):
                 def start_scores(j, centre=None, before_s2=lambda: None):
                     plgpu.barrier_wait(s.k_ring["ready"].at[slot(j)])
                     k = s.k.at[slot(j)]
+                    q, r = (x.at[group + common.hidden_zero(j)] for x in (s.q, s.r))
                     common.start_product(s1, q, k, interpret)
                     before_s2()
                     if centre is None:
@@ -66,10 +67,16 @@ def forward(query, probe, key, value, mask, *, scale, stages, interpret):
                         common.assign(s2, tiles.spread(-centre, common.zeros(BLOCK)), interpret)
                         plgpu.wgmma(s2, r, k.transpose((1, 0)))
 
-                def weights(j, m, d1, masked):
-                    t1 = common.read(s1, pending=1)
-                    visible = masks.visible(mask_refs, batch_index, rows.start, j * BLOCK) if masked else None
-                    m, a, p = tiles.softmax_weights(m, t1, c, visible)
+                def weights(j, m, d1):
+                    def hide(t1):
+                        zero = common.hidden_zero(j)
+                        visible = masks.visible(mask_refs, batch_index + zero, rows.start + zero, j * BLOCK)
+                        return jnp.where(visible, t1, -jnp.inf)
+
+                    t1, positive_c = tiles.positive_scale(common.read(s1, pending=1), c)
+                    is_full = (j >= own.full_first) & (j < own.full_last)
+                    t1 = lax.cond(is_full, lambda t1: t1, hide, t1)
+                    m, a, p = tiles.softmax_weights(m, t1, positive_c, None)
                     return m, a, tiles.spread(a, d1) * d1 + common.sums_in_threads(p), p
 
                 def rescale(a):
@@ -94,11 +101,11 @@ def forward(query, probe, key, value, mask, *, scale, stages, interpret):
                     turns.give()
                     plgpu.barrier_arrive(s.v_ring["free"].at[slot(j)])
 
-                def body(j, carry, masked):
+                def body(j, carry):
                     m, a, d1, d2, p, centre = carry
                     done = functools.partial(values_done, j - 1, 1)
                     d2 = add_values(j - 1, a, d2, p, lambda: start_scores(j, centre, done))
-                    m, a, d1, p = weights(j, m, d1, masked)
+                    m, a, d1, p = weights(j, m, d1)
                     rescale(a)
                     return m, a, d1, d2, p, centre
 
@@ -107,16 +114,14 @@ def forward(query, probe, key, value, mask, *, scale, stages, interpret):
                 turns.take()
                 start_scores(own.first)
                 turns.give()
-                m, a, d1, p = weights(own.first, m, sums, True)
+                m, a, d1, p = weights(own.first, m, sums)
                 t = common.read(s2)
                 seen = jnp.sum(p, axis=-1)
                 # The first block's mean of t: near t_mean where one key, or a part of all keys, dominates t.
                 centre = jnp.sum(p * t, axis=-1) / jnp.where(seen == 0.0, 1.0, seen)
                 common.assign(s2, t - tiles.spread(centre, t), interpret)
                 carry = m, a, d1, sums, p, centre
-                for start, stop, masked in common.phases(own, masks.keys_start_masked):
-                    carry = lax.fori_loop(start, stop, functools.partial(body, masked=masked), carry)
-                m, a, d1, d2, p, centre = carry
+                m, a, d1, d2, p, centre = lax.fori_loop(own.first + 1, own.last, body, carry)
                 d2 = add_values(own.last - 1, a, d2, p, functools.partial(values_done, own.last - 1, 0))
                 return m, jnp.sum(d1, axis=-1), jnp.sum(d2, axis=-1), *common.read(o1, o2), centre
 
@@ -125,6 +130,7 @@ def forward(query, probe, key, value, mask, *, scale, stages, interpret):
             sums = pl.run_scoped(attend, *common.accumulators(head_dim, head_dim, BLOCK, BLOCK))
             lax.fori_loop(own.last, last, skip, None)
             out, v_mean, lse, t_mean = tiles.finish(tiles.from_fixed_centre(*sums))
+            q, r = s.q.at[group], s.r.at[group]
             q[...], r[...] = out.astype(dtype), v_mean.astype(dtype)
             stat[0], stat[1] = lse, t_mean
             plgpu.commit_smem()
