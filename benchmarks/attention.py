@@ -15,6 +15,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from collections.abc import Iterator
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory too
 
@@ -64,17 +65,15 @@ def softmax_peers(workload: workloads.Workload) -> dict:
     return peers
 
 
-def torch_peers(names: list[str]) -> list[dict]:
-    """Rows of `benchmarks.torch_peers`, in a process of its own that ends before JAX needs the whole GPU."""
-    command, rows = [sys.executable, "-m", "benchmarks.torch_peers", *names], []
+def torch_peers(names: list[str]) -> Iterator[dict]:
+    """Rows of `benchmarks.torch_peers` as they come, from a process that ends before JAX needs the whole GPU."""
+    command = [sys.executable, "-m", "benchmarks.torch_peers", *names]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as peers:
         for line in peers.stdout:
             if line.startswith("{"):
-                print(line, end="", file=sys.stderr, flush=True)
-                rows.append(json.loads(line))
+                yield json.loads(line)
     if peers.returncode:
         print("torch peers: exit code", peers.returncode)
-    return rows
 
 
 def compiled(attention, workload: workloads.Workload, num_operands: int):
@@ -130,6 +129,15 @@ def main() -> None:
         parser.error(f"--workloads: unknown {unknown[0]!r}, allowed are {', '.join(workloads.BY_NAME)}")
 
     rows, calls, accuracy = [], [], []
+
+    def add(row: dict):
+        """Prints a row and writes all so far."""
+        print(json.dumps(row), file=sys.stderr, flush=True)
+        rows.append(row)
+        if options.json:
+            report = dict(device=kind, jax=jax.__version__, dtype="bfloat16", rows=rows)
+            options.json.write_text(json.dumps(report, indent=1) + "\n")
+
     for name in options.workloads:
         workload = workloads.BY_NAME[name]
         if workload in workloads.ACCURACY:
@@ -147,20 +155,19 @@ def main() -> None:
             for row in torch_peers(options.workloads):
                 products = (2, 7) if row["implementation"].startswith("softmax") else (4, 15)
                 timed = "error" not in row and "out" not in row
-                rows.append(row | rates(row, workloads.BY_NAME[row["workload"]], products) if timed else row)
+                add(row | rates(row, workloads.BY_NAME[row["workload"]], products) if timed else row)
         executables = list(executables)
     for workload in accuracy:
         for implementation in options.implementations:
             found = compare.errors(implementation, workload, "bfloat16")
-            rows.append(dict(workload=workload.name, implementation=implementation) | found)
+            add(dict(workload=workload.name, implementation=implementation) | found)
     for (name, workload, _, num_operands), pair in zip(calls, executables, strict=True):
         *operands, cotangent = workload.operands(jnp.bfloat16)
         if num_operands == 3:
             del operands[1]
         products = (4, 15) if num_operands == 4 else (2, 7)
         row = dict(workload=workload.name, implementation=name)
-        rows.append(row | time_row(pair, workload, operands, cotangent, products))
-        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+        add(row | time_row(pair, workload, operands, cotangent, products))
     print(f"{kind}, jax {jax.__version__}, bfloat16; ratio = time / {BASELINE}")
     print(
         f"{'workload':<16}{'implementation':<28}{'fwd ms':>9}{'TF/s':>7}{'ratio':>7}"
@@ -180,9 +187,6 @@ def main() -> None:
             ratio = f"{row[part + '_ms'] / base[part + '_ms']:7.2f}" if base else " " * 7
             line += f"{row[part + '_ms']:9.3f}{row[part + '_tflops']:7.0f}{ratio}"
         print(line)
-    if options.json:
-        report = dict(device=kind, jax=jax.__version__, dtype="bfloat16", rows=rows)
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.decode import read_bandwidth
-from pallas_kernels.triton import common, decode, projection
+from pallas_kernels.block_sizes import TritonDecodeBlockSizes
+from pallas_kernels.triton import common, projection
 from parallax_jax import step
 from parallax_jax.cache import KVCache, init_cache
 from parallax_jax.model import ModelConfig, TransformerLM
@@ -112,11 +113,11 @@ class Variant:
             return default(rows, weights, gated)._replace(**self.launches.get(name, {}))
 
         heuristic = lambda *x: dataclasses.replace(append(*x), **self.attention)
-        default, append = projection._launch, decode.heuristic
+        default, append = projection._launch, TritonDecodeBlockSizes.heuristic
         release = common.release_next if self.early else lambda x: x
         with (
             mock.patch.object(projection, "_launch", launch),
-            mock.patch.object(decode, "heuristic", heuristic),
+            mock.patch.object(TritonDecodeBlockSizes, "heuristic", heuristic),
             mock.patch.object(common, "release_next", release),
             mock.patch.object(step, "AHEAD", self.ahead),
         ):

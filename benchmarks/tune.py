@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import timing
+from benchmarks.decode import LAUNCHED_BY
 from pallas_kernels import block_sizes, blocks, device, triton_routes
 from pallas_kernels.block_sizes import TritonPass
 from parallax_jax import parallax_decode, workloads
@@ -113,7 +114,6 @@ def tune(backend: str, width: int, passes: list[str]) -> dict[str, tuple[TritonP
 
 def decode_milliseconds(backend: str, width: int) -> float:
     """Time of two decode steps, one that fills the device with sequences and one that must split the keys."""
-    module = triton_routes.load(triton_routes.ROUTES[backend] + ".decode")
     total = 0.0
     for batch, length in ((32, 4096), (1, 16384)):
         shapes = [(batch, 1, 8, width)] * 2 + [(batch, length, 8, width)] * 2
@@ -121,7 +121,7 @@ def decode_milliseconds(backend: str, width: int) -> float:
         operands = [jax.random.normal(k, shape, jnp.bfloat16) for k, shape in zip(keys, shapes, strict=True)]
         lengths = jnp.full(batch, length, jnp.int32)
         query, _, key, value = operands
-        sizes = module.heuristic(query, key, value, blocks.Mask(None, lengths), None)
+        sizes = LAUNCHED_BY[backend].heuristic(query, key, value, blocks.Mask(None, lengths), None)
         step = functools.partial(parallax_decode, implementation="triton", block_sizes=sizes)
         ms = timing.milliseconds(jax.jit(step), *operands, lengths)
         print(f"{backend} {width} decode   {ms:7.4f} ms  batch {batch}, {length} keys: {sizes}", flush=True)

@@ -28,9 +28,9 @@ class TestXla(DecodeConformance):
 
 class TestTriton(DecodeConformance):
     implementation = "triton"
-    block_sizes = tuple(
+    block_sizes = tuple(  # with 32 splits the merge takes the columns of a row in two programs
         TritonDecodeBlockSizes(*sizes, 2, 2, rotate)
-        for *sizes, rotate in ((16, 1, False), (32, 2, False), (16, 8, False), (16, 1, True), (16, 2, True))
+        for *sizes, rotate in ((16, 1, False), (32, 2, False), (16, 32, False), (16, 1, True), (16, 2, True))
     )
 
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from pallas_kernels.block_sizes import TritonDecodeBlockSizes
-from pallas_kernels.triton import decode
 from parallax_jax import step
 from parallax_jax.cache import init_cache, init_paged_cache
 from parallax_jax.model import ModelConfig, TransformerLM
@@ -62,7 +61,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_equals_the_blocks(name, monkeypatch):
     changes, paged, splits = CASES[name]
-    monkeypatch.setattr(decode, "heuristic", lambda *_: TritonDecodeBlockSizes(16, splits, 4, 2))
+    monkeypatch.setattr(TritonDecodeBlockSizes, "heuristic", lambda *_: TritonDecodeBlockSizes(16, splits, 4, 2))
     config = dataclasses.replace(BASE, **changes)
     params, cache = parameters(config), filled(config, paged)
     model = TransformerLM(config)

@@ -22,7 +22,6 @@ from pallas_kernels.triton import common
 
 MAX_QUERIES = 16  # more new tokens than this are a prefill: the forward kernel's work
 MERGED = 4096  # elements of an accumulator that a program of `append` merges at once
-heuristic = TritonDecodeBlockSizes.heuristic
 
 
 @functools.partial(
@@ -68,7 +67,7 @@ def decode(query, probe, key, value, mask: blocks.Mask, page_table, *, scale, bl
     """Returns the output (B, T, N, Hv); `mask.lengths` is (B,), `mask.offset` (B,) or None for lengths - T."""
     if query.shape[1] > MAX_QUERIES:
         return _prefill(query, probe, key, value, mask, page_table, scale=scale)
-    config = block_sizes or heuristic(query, key, value, mask, page_table)
+    config = block_sizes or TritonDecodeBlockSizes.heuristic(query, key, value, mask, page_table)
     call = functools.partial(_decode, scale=scale, config=config)
     return device.run(call, query, probe, key, value, None, mask, page_table, None)
 
@@ -92,7 +91,7 @@ def append(query, probe, key, value, counters, mask: blocks.Mask, page_table, fr
     Returns:
       The output (B, 1, N, Hv), key, value and counters. A token without a place in the cache is written nowhere.
     """
-    config = block_sizes or heuristic(query, key, value, mask, page_table)
+    config = block_sizes or TritonDecodeBlockSizes.heuristic(query, key, value, mask, page_table)
     if block_sizes is None and not config.rotate:  # two warps have no registers for new rows beside a long tile
         config = dataclasses.replace(config, num_warps=max(4, config.num_warps))
     call = functools.partial(_decode, scale=scale, config=config)

@@ -16,7 +16,6 @@ from pallas_kernels.block_sizes import DECODE_MERGED_COLUMNS, DECODE_TURN, Trito
 from pallas_kernels.triton_lang import common, launch, tiles
 
 MAX_QUERIES = 16  # more new tokens than this are a prefill: the forward kernel's work
-heuristic = TritonLangDecodeBlockSizes.heuristic
 
 
 def unsupported(query, probe, key, value, mask, page_table, *, scale, block_sizes) -> str | None:
@@ -32,7 +31,7 @@ def decode(query, probe, key, value, mask: blocks.Mask, page_table, *, scale, bl
     """Returns the output (B, T, N, Hv); `mask.lengths` is (B,), `mask.offset` (B,) or None for lengths - T."""
     if query.shape[1] > MAX_QUERIES:
         return _prefill(query, probe, key, value, mask, page_table, scale=scale)
-    config = block_sizes or heuristic(query, key, value, mask, page_table)
+    config = block_sizes or TritonLangDecodeBlockSizes.heuristic(query, key, value, mask, page_table)
     if page_table is not None:
         return _decode(query, probe, key, value, mask, page_table, scale=scale, config=config)
 
