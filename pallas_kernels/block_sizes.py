@@ -82,7 +82,7 @@ class _TritonDecode:
     """Launch of decode by a route of the "triton" implementation; which class names it decides the route.
 
     Attributes:
-      block_k: keys in a tile, a power of two >= 16; a page holds whole tiles, so paged caches may take a smaller one.
+      block_k: keys in a tile, a power of two >= 16; a tile may span pages, each row then has its own page's number.
       num_splits: programs that share the keys of one kv head, a power of two.
       num_warps: warps of a program.
       num_stages: depth of the software pipeline along the loop.

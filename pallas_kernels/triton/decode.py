@@ -54,8 +54,6 @@ def unsupported(query, probe, key, value, mask, page_table, *, scale, block_size
     """Why this backend cannot run the call, or None."""
     if query.dtype == jnp.float64:
         return "query: float64 runs in 'reference' and 'xla' only"
-    if page_table is not None and key.shape[1] % 16:
-        return f"key_cache: page size must be a multiple of 16, got {key.shape[1]}"
     if block_sizes is not None and not isinstance(block_sizes, TritonDecodeBlockSizes):
         return f"block_sizes: needs TritonDecodeBlockSizes, got {type(block_sizes).__name__}"
     if block_sizes is not None and query.shape[1] > MAX_QUERIES:
@@ -309,16 +307,30 @@ def _kernel(
         return state._replace(o1=o1, o2=o2)
 
     def page_of(j):
-        page, _ = _divmod(j * config.block_k, page_size)
-        return jnp.clip(pages_ref[b, jnp.minimum(page, pages_ref.shape[1] - 1)], 0, num_pages - 1)
+        """The page of tile j, or of each of its rows where a tile may span pages."""
+        key = j * config.block_k
+        if page_size % config.block_k:
+            key += jnp.arange(config.block_k)
+        entry = jnp.minimum(_divmod(key, page_size)[0], pages_ref.shape[1] - 1)
+        page = pages_ref[b, entry] if entry.ndim == 0 else plt.load(pages_ref.at[b, entry])
+        return jnp.clip(page, 0, num_pages - 1)
+
+    def load(ref, sequence, key):
+        """Keys [key, key + block_k) of a sequence or its pages, or values; those from `end` on are 0 and not read."""
+        local = key if pages_ref is None else _divmod(key, page_size)[1]
+        if jnp.ndim(sequence) == 0:
+            return common.load_rows(ref, sequence, local, config.block_k, kv, end - key + local)
+        keys, width = key + jnp.arange(config.block_k), common.padded(ref.shape[3])
+        spread = lambda x: lax.broadcast_in_dim(x, (config.block_k, width), (0,))
+        column = lax.broadcasted_iota(jnp.int32, (config.block_k, width), 1)
+        inside = spread(keys < end) & (column < ref.shape[3])
+        at = ref.at[spread(sequence), spread(_divmod(keys, page_size)[1]), kv + column * 0, column]
+        return plt.load(at, mask=inside, other=0.0)
 
     def step(j, carry):
         key = place(j) * config.block_k
         sequence, state = carry
-        local = key if pages_ref is None else _divmod(key, page_size)[1]
-        limit = end - key + local
-        k = common.load_rows(k_ref, sequence, local, config.block_k, kv, limit).T
-        v = common.load_rows(v_ref, sequence, local, config.block_k, kv, limit)
+        k, v = load(k_ref, sequence, key).T, load(v_ref, sequence, key)
         shape = (rows.size, config.block_k)
         visible = blocks.visible_tile(
             lax.broadcast_in_dim(token, shape, (0,)),
@@ -418,11 +430,8 @@ def _decode(
     interpret: bool,
 ):
     batch, num_queries, num_heads, _ = query.shape
-    page_size, num_kv_heads, value_dim = value.shape[1:]
+    num_kv_heads, value_dim = value.shape[2:]
     rows = _Rows.of(query, key, value)
-    if page_table is not None:
-        # The largest tile of which a page holds a whole number.
-        config = dataclasses.replace(config, block_k=min(config.block_k, page_size & -page_size))
     out = jax.ShapeDtypeStruct((batch, num_queries, num_heads, value_dim), query.dtype)
     stat = jax.ShapeDtypeStruct((batch, num_kv_heads, rows.total, config.num_splits), jnp.float32)
     values = jax.ShapeDtypeStruct((*stat.shape, value_dim), jnp.float32)

@@ -20,8 +20,6 @@ MAX_QUERIES = 16  # more new tokens than this are a prefill: the forward kernel'
 
 def unsupported(query, probe, key, value, mask, page_table, *, scale, block_sizes) -> str | None:
     """Why this backend cannot run the call, or None."""
-    if page_table is not None and key.shape[1] % 16:
-        return f"key_cache: page size must be a multiple of 16, got {key.shape[1]}"
     if block_sizes is not None and query.shape[1] > MAX_QUERIES:
         return f"block_sizes: more than {MAX_QUERIES} new tokens run in the forward kernel, which has its own"
     return triton_lang.unsupported_anywhere(query, block_sizes, TritonLangDecodeBlockSizes)
