@@ -1,9 +1,9 @@
 """Decode timings beside every peer that is installed: `python -m benchmarks.decode [SET ...] [--json PATH]`.
 
 Sums of GPU kernel times by CUPTI, all in one process on one GPU. Peers: the published CuTe and Triton kernels of
-Parallax (parallax-kernel), and softmax decode by cuDNN (jax.nn) and FlashAttention-3 (flash-attn3-jax), the best of
-its split counts. A ratio above 1 says that the peer takes longer. `--routes triton triton_lang` times ours by Pallas
-and in the Triton language. `--sweep` times launches of the former instead.
+Parallax (parallax-kernel), and softmax decode by our own kernel, cuDNN (jax.nn) and FlashAttention-3 (flash-attn3-jax),
+the best of its split counts. A ratio above 1 says that the peer takes longer. `--routes triton triton_lang` times ours
+by Pallas and in the Triton language. `--sweep` times launches of the former instead.
 """
 
 import argparse
@@ -135,6 +135,17 @@ def flash_attention_3(shape: Shape) -> list[Callable]:
     return [functools.partial(decode, s) for s in splits]
 
 
+def softmax(shape: Shape) -> list[Callable]:
+    """Softmax decode by the kernel of Parallax, in Pallas, without the probe's part."""
+    from pallas_kernels.triton import decode as kernels
+
+    def decode(query, _, key, value, lengths, table):
+        options = dict(scale=shape.head_dim**-0.5, block_sizes=None)
+        return kernels.decode(query, None, key, value, Mask(None, lengths), table, **options)
+
+    return [decode]
+
+
 def torch_operands(shape: Shape):
     """Operands as torch tensors."""
     import torch
@@ -164,7 +175,7 @@ def published_triton(shape: Shape):
 
 
 TORCH_PEERS = {"cute": published_cute, "published_triton": published_triton}
-JAX_PEERS = {"cudnn": cudnn, "fa3": flash_attention_3}
+JAX_PEERS = {"softmax": softmax, "cudnn": cudnn, "fa3": flash_attention_3}
 PEERS = [*TORCH_PEERS, *JAX_PEERS]
 
 

@@ -11,8 +11,10 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from pallas_kernels.block_sizes import TritonDecodeBlockSizes, XlaBlockSizes
+from pallas_kernels.blocks import Mask
+from pallas_kernels.triton import decode as triton_decode
 from parallax_jax import parallax_decode
-from tests.decode_conformance import CASES, Case, DecodeConformance, draw
+from tests.decode_conformance import CASES, TOLERANCE, Case, DecodeConformance, draw, error, expected
 
 pytestmark = pytest.mark.filterwarnings("ignore:implementation 'triton' rests on:FutureWarning")
 H100 = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu"))
@@ -80,6 +82,18 @@ def test_bad_arguments(changes, message):
     with pytest.raises(ValueError) as raised:
         parallax_decode(**operands(**changes))
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize("name", ["step", "many_rows_wide_head", "paged_pages_of_48_window"])
+def test_softmax_is_a_probe_of_zeros(name, splits):
+    case = next(c for c in CASES if c.name == name)
+    (query, probe, key, value), lengths, table = draw(case)
+    options = dict(scale=case.H**-0.5, block_sizes=TritonDecodeBlockSizes(16, splits, 2, 2))
+    mask = Mask(None, lengths, window=case.window)
+    out = jax.jit(functools.partial(triton_decode.decode, **options))(query, None, key, value, mask, table)
+    reference = expected(case, (query, jnp.zeros_like(probe), key, value), table)
+    assert error(out, reference) <= TOLERANCE[case.dtype]
 
 
 def test_pages_of_any_size():

@@ -62,7 +62,10 @@ def unsupported(query, probe, key, value, mask, page_table, *, scale, block_size
 
 
 def decode(query, probe, key, value, mask: blocks.Mask, page_table, *, scale, block_sizes):
-    """Returns the output (B, T, N, Hv); `mask.lengths` is (B,), `mask.offset` (B,) or None for lengths - T."""
+    """Returns the output (B, T, N, Hv); `mask.lengths` is (B,), `mask.offset` (B,) or None for lengths - T.
+
+    A probe that is None asks for softmax attention, of at most `MAX_QUERIES` new tokens.
+    """
     if query.shape[1] > MAX_QUERIES:
         return _prefill(query, probe, key, value, mask, page_table, scale=scale)
     config = block_sizes or TritonDecodeBlockSizes.heuristic(query, key, value, mask, page_table)
@@ -155,9 +158,12 @@ def _unpair(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.sum(jnp.where(first, x, -0.0), axis=0), jnp.sum(jnp.where(first, -0.0, x), axis=0)
 
 
-def _stack(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Two (8, n) tiles as one (16, n). In a tensor core's layout rows i and i + 8 share a thread: nothing moves."""
-    return _pair(x, y).reshape(16, x.shape[1])
+def _stack(x: jax.Array, y: jax.Array | None = None) -> jax.Array:
+    """Two (8, n) tiles, the second 0 where it is None, as one (16, n).
+
+    In a tensor core's layout rows i and i + 8 share a thread: nothing moves.
+    """
+    return _pair(x, jnp.zeros_like(x) if y is None else y).reshape(16, x.shape[1])
 
 
 def _unstack(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -257,15 +263,15 @@ def _kernel(
     dot = functools.partial(common.dot, precision=precision)
 
     def read(tokens, heads, columns, inside_q, inside_r):
-        """Tiles of queries and probes."""
-        if fresh is None:
-            load = lambda ref, inside: plt.load(ref.at[b, tokens, heads, columns], mask=inside, other=0.0)
-            return load(q_ref, inside_q), load(r_ref, inside_r)
-        turned = lambda i, ref, inside: _turned(
-            ref, fresh.gains[i], fresh.rotations[i], fresh.epsilon, b, heads, columns, inside
-        )
-        q = turned(0, q_ref, inside_q)
-        return q, jnp.zeros_like(q) if r_ref is None else turned(1, r_ref, inside_r)
+        """Tiles of queries and, where there are any, probes."""
+
+        def load(i, ref, inside):
+            if fresh is None:
+                return plt.load(ref.at[b, tokens, heads, columns], mask=inside, other=0.0)
+            return _turned(ref, fresh.gains[i], fresh.rotations[i], fresh.epsilon, b, heads, columns, inside)
+
+        q = load(0, q_ref, inside_q)
+        return (q,) if r_ref is None else (q, load(1, r_ref, inside_r))
 
     if rows.size == 8:
         # Rows 0 to 7 of one tile are queries, the others their probes: each product with keys or values is one.
@@ -273,15 +279,14 @@ def _kernel(
         each = lax.rem(both, 8)
         half, tokens, heads, columns, inside = rows.spread(q_ref.shape[3], each, *rows.read(each, kv))
         is_query = lax.broadcast_in_dim(both < 8, half.shape, (0,))
-        q, r = read(tokens, heads, columns, inside & is_query, inside & ~is_query)
-        qr = q + r
+        qr = functools.reduce(jnp.add, read(tokens, heads, columns, inside & is_query, inside & ~is_query))
         scores, sums = lambda k: _unstack(dot(qr, k)), _sums
-        add = lambda o1, o2, p, p2, v: _unstack(_stack(o1, o2) + dot(_stack(p, p2).astype(v.dtype), v))
+        add = lambda o, p, v: _unstack(_stack(*o) + dot(_stack(*p).astype(v.dtype), v))
     else:
         _, tokens, heads, columns, inside = rows.spread(q_ref.shape[3], row, token, head)
-        q, r = read(tokens, heads, columns, inside, inside)
-        scores, sums = lambda k: (dot(q, k), dot(r, k)), tiles.sums
-        add = lambda o1, o2, p, p2, v: (o1 + dot(p.astype(v.dtype), v), o2 + dot(p2.astype(v.dtype), v))
+        each = read(tokens, heads, columns, inside, inside)
+        scores, sums = lambda k: [dot(x, k) for x in each], tiles.sums
+        add = lambda o, p, v: [o_ + dot(p_.astype(v.dtype), v) for o_, p_ in zip(o, p, strict=True)]
 
     length = jnp.minimum(mask.lengths[b], num_keys)
     offset = (length - num_queries) if mask.offset is None else mask.offset[b]
@@ -302,8 +307,12 @@ def _kernel(
     place = lambda j: jnp.where(j + turn < stop, j + turn, j + turn - count) if config.rotate else j
 
     def absorb(state, k, v, visible):
-        state, p, p2 = tiles.weigh(state, *scores(k), scale * tiles.LOG2_E, visible, sums)
-        o1, o2 = add(state.o1, state.o2, p, p2, v)
+        s1, *s2 = scores(k)
+        if r_ref is None:
+            state, p = tiles.weigh_softmax(state, s1, scale * tiles.LOG2_E, visible)
+            return state._replace(o1=add([state.o1], [p], v)[0])
+        state, p, p2 = tiles.weigh(state, s1, *s2, scale * tiles.LOG2_E, visible, sums)
+        o1, o2 = add([state.o1, state.o2], [p, p2], v)
         return state._replace(o1=o1, o2=o2)
 
     def page_of(j):
@@ -345,6 +354,8 @@ def _kernel(
         return sequence, absorb(state, k, v, visible)
 
     state = tiles.initial_state((rows.size,), common.padded(value_dim))
+    if r_ref is None:
+        state = state._replace(t_mean=None, o2=None)
     if fresh is not None and not interpret:
         state = state._replace(m=common.release_next(state.m))
     first = b if pages_ref is None else page_of(place(start))
@@ -363,7 +374,7 @@ def _kernel(
         out = tiles.finish(state)[0].astype(out_refs[0].dtype)
         plt.store(out_refs[0].at[b, tokens, heads, columns], out, mask=inside)
         return
-    for ref, x in zip(out_refs, state, strict=True):
+    for ref, x in zip(jax.tree.leaves(tuple(out_refs)), jax.tree.leaves(state), strict=True):
         if x.ndim == 1:
             plt.store(ref.at[b, kv, row, split], x, mask=row < rows.total)
         else:
@@ -407,7 +418,7 @@ def _merge(state_refs: tiles.State, out_ref, b, kv, first, size: int, rows: _Row
         split_, row_ = (lax.broadcasted_iota(jnp.int32, shape[:2], axis) for axis in range(2))
         return plt.load(ref.at[b, kv, first + row_, split_], mask=first + row_ < rows.total, other=0.0)
 
-    out, *_ = tiles.finish(tiles.merge(tiles.State(*map(load, state_refs))))
+    out, *_ = tiles.finish(tiles.merge(jax.tree.map(load, state_refs)))
     row, column = (lax.broadcasted_iota(jnp.int32, shape[1:], axis) for axis in range(2))
     row, column = first + row, first_column + column
     token, head = rows.read(row, kv)
@@ -436,6 +447,8 @@ def _decode(
     stat = jax.ShapeDtypeStruct((batch, num_kv_heads, rows.total, config.num_splits), jnp.float32)
     values = jax.ShapeDtypeStruct((*stat.shape, value_dim), jnp.float32)
     states = tiles.State(stat, stat, stat, values, values)
+    if probe is None:
+        states = states._replace(t_mean=None, o2=None)
     shapes, aliases = (out,) if config.num_splits == 1 else states, {}
     if fresh is not None:
         inputs = (key, value) if config.num_splits == 1 else (key, value, counters)
@@ -470,6 +483,8 @@ def _decode(
 
 def _prefill(query, probe, key, value, mask, page_table, *, scale):
     """The forward kernel, each sequence with its own offset."""
+    if probe is None:
+        raise NotImplementedError(f"probe: None takes at most {MAX_QUERIES} new tokens, got {query.shape[1]}")
     if page_table is not None:
         key, value = (jnp.take(x, page_table, axis=0, mode="clip") for x in (key, value))
         key, value = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in (key, value))

@@ -65,6 +65,15 @@ def test_each_route_has_a_row_and_shares_the_peers(monkeypatch):
         decode.bench(shape, ["triton", "triton_lang"], executables, 1e12)
 
 
+def test_softmax_column_is_softmax():
+    shape = Shape(2, 40, heads=2, kv_heads=1, head_dim=32)
+    query, probe, key, value, lengths, table = decode.draw(shape)
+    (softmax,) = decode.JAX_PEERS["softmax"](shape)
+    out = softmax(query, probe, key, value, lengths, table)
+    expected = jax.nn.dot_product_attention(*(x.astype(jax.numpy.float32) for x in (query, key, value)))
+    assert decode.relative_error(out, expected) < 1e-2
+
+
 def test_routes_launch_alike():
     arguments = jax.eval_shape(lambda: decode.draw(Shape(32, 4096)))
     launches = [decode.default(route, arguments) for route in decode.LAUNCHED_BY]
