@@ -105,12 +105,11 @@ def main() -> None:
     if status or '"ID"' not in text:
         parser.error(f"ncu ended with {status}: {text[-2000:]}")
     found = rows(text, shapes())
-    for row in found:
-        row["flop_per_byte"], row["tensor_flop_per_byte"] = (row[x] / row["bytes"] for x in ("flop", "tensor_flop"))
-        print(
-            f"{row['shape']} {row['name']:8} {row['bytes'] / 1e6:8.1f} MB  {row['flop_per_byte']:6.2f} FLOP/byte, "
-            f"{row['tensor_flop_per_byte']:6.2f} by tensor cores  {row['ns'] / 1e3:8.2f} us"
-        )
+    for shape, row in zip((shape for shape in shapes() for _ in NAMES), found, strict=True):
+        # Scores and values, and those of the probe. Tensor cores multiply rows of zeros, too: a tile has 16.
+        row["needed_flop"] = (8 if row["name"] == "Parallax" else 4) * shape.bytes // 4 * shape.heads // shape.kv_heads
+        each = [f"{row[x] / row['bytes']:7.2f} {x}" for x in ("needed_flop", "tensor_flop", "flop")]
+        print(f"{row['shape']} {row['name']:8} {row['bytes'] / 1e6:8.1f} MB {row['ns'] / 1e3:8.2f} us  a byte:", *each)
     options.json.write_text(json.dumps(found, indent=1))
     draw(found, options.figure)
 

@@ -93,7 +93,8 @@ def append(query, probe, key, value, counters, mask: blocks.Mask, page_table, fr
       The output (B, 1, N, Hv), key, value and counters. A token without a place in the cache is written nowhere.
     """
     config = block_sizes or TritonDecodeBlockSizes.heuristic(query, key, value, mask, page_table)
-    if block_sizes is None and not config.rotate:  # two warps have no registers for new rows beside a long tile
+    if block_sizes is None and config.block_k * max(64, *(x.shape[3] for x in (key, value))) > 4096:
+        # Two warps have no registers for new rows beside a long tile.
         config = dataclasses.replace(config, num_warps=max(4, config.num_warps))
     call = functools.partial(_decode, scale=scale, config=config)
     return device.run(call, query, probe, key, value, counters, mask, page_table, fresh)
