@@ -14,7 +14,7 @@ from pallas_kernels.block_sizes import TritonDecodeBlockSizes, TritonLangDecodeB
 from parallax_jax import compare, parallax_attention, parallax_reference
 from parallax_jax.attention import BACKENDS
 from parallax_jax.model import TransformerLM
-from parallax_jax.workloads import BY_NAME, CONFORMANCE
+from parallax_jax.workloads import BY_NAME, CONFORMANCE, Workload
 from tests.conformance import Conformance
 from tests.decode_conformance import DecodeConformance
 
@@ -146,9 +146,19 @@ def test_more_than_two_to_the_31_elements(implementation):
             assert compare.relative_error(found[:, seen], y[:, seen]) <= 5e-3
 
 
-@pytest.mark.parametrize("implementation", KERNELS)
-def test_one_bit_pattern_in_a_thousand_runs(implementation):
-    *operands, cotangent = BY_NAME["normal_1024"].operands(jnp.bfloat16)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(48, 12), (32, 16)])
+def test_programs_in_chunks_of_heads(heads, kv_heads):
+    """Hopper's backward pass starts more chunks than one, and for 48 heads on 12 goes through rows both ways."""
+    workload = Workload("chunks", 1, 2048, heads, 128, kv_heads=kv_heads)
+    found = compare.errors("mosaic_gpu", workload, jnp.dtype(jnp.bfloat16))
+    assert max(found.values()) <= max(compare.bounds("mosaic_gpu", jnp.dtype(jnp.bfloat16))), found
+
+
+@pytest.mark.parametrize(
+    ("implementation", "workload"), [*((name, "normal_1024") for name in KERNELS), ("mosaic_gpu", "gqa_32_8")]
+)
+def test_one_bit_pattern_in_a_thousand_runs(implementation, workload):
+    *operands, cotangent = BY_NAME[workload].operands(jnp.bfloat16)
     attention = lambda *x: parallax_attention(*x, **options(implementation))
 
     @jax.jit

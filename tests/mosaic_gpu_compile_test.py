@@ -45,6 +45,7 @@ def compile_kernels(is_causal=True, window=None, packed=False, ragged=False, kv_
     [
         dict(),
         dict(kv_heads=4),
+        dict(kv_heads=1),
         dict(is_causal=False),
         dict(is_causal=False, kv_heads=4),
         dict(window=300),

@@ -1,5 +1,7 @@
 """The Hopper kernels: lowering without a GPU, and numerics in Pallas' interpreter."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 from pallas_kernels import blocks, mosaic_gpu
 from pallas_kernels.block_sizes import MosaicGpuBlockSizes, XlaBlockSizes
 from pallas_kernels.mosaic_gpu import common
+from pallas_kernels.mosaic_gpu.backward import Order
 from parallax_jax import attention, compare
 from parallax_jax.workloads import BY_NAME, Workload
 
@@ -27,6 +30,7 @@ def gpu(kind: str) -> AbstractMesh:
     [
         (Workload("shared_keys", 1, 70, 2, 64, keys=40, kv_heads=1, query_offset=-5), "bfloat16"),
         (Workload("wide", 1, 200, 1, 128, keys=300, query_offset=60), "bfloat16"),
+        (Workload("both_directions", 1, 200, 8, 64, kv_heads=2), "bfloat16"),
         (Workload("full", 1, 130, 1, 64, keys=140, is_causal=False), "float16"),
         (
             Workload("masks", 1, 136, 2, 40, kv_heads=1, value_dim=50, segments=2, window=50, ragged=True, scale=-0.2),
@@ -35,7 +39,8 @@ def gpu(kind: str) -> AbstractMesh:
     ],
     ids=lambda x: x.name if isinstance(x, Workload) else x,
 )
-def test_interpreted(workload, dtype):
+def test_interpreted(workload, dtype, monkeypatch):
+    monkeypatch.setattr(sys.modules[Order.__module__], "MULTIPROCESSORS", 2)  # several chunks of heads
     found = list(compare.errors("mosaic_gpu", workload, jnp.dtype(dtype)).values())
     allowed = compare.bounds("mosaic_gpu", jnp.dtype(dtype))
     assert found[0] <= allowed[0]
@@ -116,6 +121,40 @@ def test_visits(request, num_queries, is_causal, masked):
             assert all(j in visitors for j in key_blocks if tiles[j].any())
             full = [j for j in key_blocks if of[j].full_first <= i < of[j].full_last]
             assert all(j in visitors and tiles[j].all() and tiles[j].shape[1] == 128 for j in full)
+
+
+@pytest.mark.parametrize(
+    "order",
+    [Order(7, 5, 3), Order(7, 5, 9), Order(11, 1, 2, last=4), Order(3, 4, 1, last=5), Order(9, 6, 2, alternate=True)],
+    ids=str,
+)
+def test_programs_start_after_those_for_which_they_wait(order):
+    """Each once, those of a head in the order in which they add to its sums, and all of a head in one direction."""
+    items = jnp.arange(order.num_heads * order.num_blocks)
+    head, block, ascending = (
+        np.asarray(x) for x in jax.vmap(lambda i: jax.tree.map(jnp.asarray, order.program(i)))(items)
+    )
+    for i in range(order.num_heads):
+        np.testing.assert_array_equal(block[head == i], np.arange(order.num_blocks))
+        assert len(set(ascending[head == i])) == 1
+    assert (len(set(ascending)) == 2) == order.alternate
+
+
+@pytest.mark.parametrize(
+    ("heads", "length", "group", "options", "expected"),
+    [
+        (16, 4096, 1, {}, Order(16, 32, 16)),
+        (64, 4096, 2, {}, Order(64, 32, 3, last=4)),
+        (16, 4096, 4, {}, Order(16, 32, 4, alternate=True)),
+        (16, 6144, 4, {}, Order(16, 48, 1, last=2)),
+        (16, 65536, 4, {}, Order(16, 512, 1)),
+        (16, 16384, 1, dict(window=1024), Order(16, 128, 1)),
+        (16, 4096, 4, dict(is_causal=False), Order(16, 32, 8)),
+    ],
+)
+def test_order(heads, length, group, options, expected):
+    masks = common.Masks(blocks.Mask(jnp.int32(0), **options), length, length)
+    assert Order.of(heads, length // 128, group, length, 128, masks) == expected
 
 
 def test_ring_must_fit_shared_memory():

@@ -3,6 +3,7 @@
 Why it is deterministic, why it cannot hang, and why others may read its sums: docs/results/mosaic_gpu.md.
 """
 
+import dataclasses
 import functools
 import types
 
@@ -17,8 +18,9 @@ from pallas_kernels.mosaic_gpu import common
 from pallas_kernels.mosaic_gpu.common import BLOCK, GROUPS
 
 KEYS = GROUPS * BLOCK  # keys of a program
+MULTIPROCESSORS = 132  # of an H100 SXM or H200
 SUMS_IN_FLIGHT = 64 << 20  # bytes: the second-level cache of an H100 or H200 holds 50 MB
-LEAST_HEADS = 8  # in flight at once: more programs of one head would only queue up for their turns
+LEAST_HEADS = 8  # in flight at once where each has its own keys: more programs of one would only queue for their turns
 
 
 def backward(query, probe, key, value, mask, out, v_mean, lse, t_mean, dout, *, scale, stages, interpret):
@@ -36,9 +38,50 @@ def backward(query, probe, key, value, mask, out, v_mean, lse, t_mean, dout, *, 
     return dq[:, :num_queries], dr[:, :num_queries], dk[:, :num_keys], dv[:, :num_keys]
 
 
-def _heads_at_once(num_rows: int, head_dim: int, group_heads: int) -> int:
-    """How many kv heads are in flight together: the cache should hold most of their sums for dquery and dprobe."""
-    return max(LEAST_HEADS, SUMS_IN_FLIGHT // (2 * 4 * num_rows * head_dim * group_heads))
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """In which order programs start: chunk by chunk of kv heads, and in a chunk the first keys of all heads first.
+
+    A program adds to sums that others have just used, if it is in the right place at the right time; how they were
+    found is in docs/results/mosaic_gpu.md. Whatever the order, no program waits for one that starts later.
+
+    Attributes:
+      num_heads: kv heads, of all sequences.
+      num_blocks: programs of a head.
+      chunk: heads of a chunk.
+      last: the last chunk has at least so many.
+      alternate: every other chunk goes from the first rows to the last: its programs start one by one as those of the
+        chunk before end, in this direction they meet at the same rows.
+    """
+
+    num_heads: int
+    num_blocks: int
+    chunk: int
+    last: int = 1
+    alternate: bool = False
+
+    @classmethod
+    def of(cls, num_heads: int, num_blocks: int, group_heads: int, num_rows: int, head_dim: int, masks) -> "Order":
+        """The fastest of those that were measured on an H100, with up to 8 query heads to a kv head."""
+        order = functools.partial(cls, num_heads, num_blocks)
+        wave = max(1, MULTIPROCESSORS // num_blocks)
+        if masks.has_window:
+            return order(1)
+        if not masks.is_plain or not masks.is_causal or group_heads == 1:
+            return order(max(LEAST_HEADS, SUMS_IN_FLIGHT // (2 * 4 * num_rows * head_dim * group_heads)))
+        if group_heads >= 4 and 0.94 * MULTIPROCESSORS <= wave * num_blocks <= MULTIPROCESSORS:
+            return order(wave, alternate=True)
+        return order(max(1, 3 * wave // 4), last=wave)
+
+    def program(self, item):
+        """(head, block of keys, whether it goes from the first rows to the last) of the program that starts then."""
+        num_chunks = max(1, (self.num_heads - self.last) // self.chunk + 1)
+        chunk = jnp.minimum(lax.div(item, self.chunk * self.num_blocks), num_chunks - 1)
+        first = chunk * self.chunk
+        count = jnp.where(chunk == num_chunks - 1, self.num_heads - first, self.chunk)
+        item -= first * self.num_blocks
+        ascending = lax.rem(chunk, 2) == 1 if self.alternate else False
+        return first + lax.rem(item, count), lax.div(item, count), ascending
 
 
 def _row_stats(dout, out, v_mean, lse, t_mean, interpret):
@@ -98,17 +141,9 @@ def _gradients(query, probe, key, value, dout, stats, masks, *, scale, stages, i
     dtype = query.dtype
     c = scale * tiles.LOG2_E
     num_key_blocks, num_row_blocks = pl.cdiv(num_keys, KEYS), pl.cdiv(num_rows, BLOCK)
-    heads_at_once = min(_heads_at_once(num_rows, head_dim, group_heads), batch * kv_heads)
+    order = Order.of(batch * kv_heads, num_key_blocks, group_heads, num_rows, head_dim, masks)
     halves = head_dim // 64
     visits = masks.visits()
-
-    def work_item():
-        """(batch, head, key block) of this program. The longest start first: under a causal mask the first keys."""
-        item = lax.axis_index("item")
-        some_heads, item = lax.div(item, heads_at_once * num_key_blocks), lax.rem(item, heads_at_once * num_key_blocks)
-        count = jnp.minimum(batch * kv_heads - some_heads * heads_at_once, heads_at_once)
-        block, head = lax.div(item, count), some_heads * heads_at_once + lax.rem(item, count)
-        return lax.div(head, kv_heads), lax.rem(head, kv_heads), block
 
     def kernel(q_ref, r_ref, k_ref, v_ref, do_ref, stat_ref, *refs, **scratch):
         s = types.SimpleNamespace(**scratch)
@@ -118,7 +153,8 @@ def _gradients(query, probe, key, value, dout, stats, masks, *, scale, stages, i
         if not interpret:  # how many programs have added to a row block
             turns_taken = pl.get_global(plgpu.SemaphoreType.REGULAR((2, batch, heads, num_row_blocks)))
         group = lax.axis_index("group")
-        batch_index, kv_head, block = work_item()
+        head, block, ascending = order.program(lax.axis_index("item"))
+        batch_index, kv_head = lax.div(head, kv_heads), lax.rem(head, kv_heads)
         key = block * KEYS
         visit = masks.visit(visit_refs, mask_refs, batch_index, block)
 
@@ -126,19 +162,21 @@ def _gradients(query, probe, key, value, dout, stats, masks, *, scale, stages, i
             return group_heads * (visit.last - visit.first)
 
         def row_tile(step):
-            """(query head, row block) of a step: every head that shares the keys, then the row block before."""
-            return kv_head * group_heads + lax.rem(step, group_heads), visit.last - 1 - lax.div(step, group_heads)
+            """(query head, row block) of a step: every head that shares the keys, then the next row block."""
+            passed = lax.div(step, group_heads)
+            row_block = jnp.where(ascending, visit.first + passed, visit.last - 1 - passed)
+            return kv_head * group_heads + lax.rem(step, group_heads), row_block
 
         def staged(kind):
             """The 64 columns each of a tile of sums, for dquery (0) or dprobe (1), on their way to memory."""
             return [s.staged.at[kind], *([staged_late.at[kind]] if halves > 1 else [])]
 
         def round_sums(kind):
-            """Of the row blocks to which no later key block adds, those of the last steps."""
+            """Of the row blocks to which no later key block adds."""
             tile = s.q.at[kind]  # no product reads it any more
 
-            def round_rows(step, _):
-                head, row_block = row_tile(step)
+            def round_rows(i, _):
+                head, row_block = kv_head * group_heads + lax.rem(i, group_heads), visit.first + lax.div(i, group_heads)
                 rows = pl.ds(row_block * BLOCK, BLOCK)
                 sums = plgpu.load(
                     sum_refs[kind].at[batch_index, rows, head], layout=plgpu.Layout.WGMMA, optimized=False
@@ -149,7 +187,7 @@ def _gradients(query, probe, key, value, dout, stats, masks, *, scale, stages, i
                 plgpu.copy_smem_to_gmem(tile, row_gradient_refs[kind].at[batch_index, rows, head])
 
             plgpu.barrier_wait(s.summed.at[kind])
-            lax.fori_loop(group_heads * (visit.last - visit.done), num_steps(), round_rows, None)
+            lax.fori_loop(0, group_heads * (visit.done - visit.first), round_rows, None)
 
         @pl.when(group < GROUPS)
         def _compute():
@@ -224,13 +262,14 @@ def _gradients(query, probe, key, value, dout, stats, masks, *, scale, stages, i
 
                 def body(step, carry):
                     j, p = carry
-                    next_j = jnp.where(lax.rem(step, group_heads) == 0, j - 1, j)  # row_tile's: a division would spill
+                    # row_tile's: a division would spill
+                    next_j = jnp.where(lax.rem(step, group_heads) == 0, j + jnp.where(ascending, 1, -1), j)
                     add_rows(step - 1, j, p, next_j)
                     return next_j, weights(step, next_j)
 
-                last = visit.last - 1
-                start_scores(0, last)
-                j, p = lax.fori_loop(1, num_steps(), body, (last, weights(0, last)))
+                _, j = row_tile(0)
+                start_scores(0, j)
+                j, p = lax.fori_loop(1, num_steps(), body, (j, weights(0, j)))
                 add_rows(num_steps() - 1, j, p)
                 return common.read(dk, dv)
 

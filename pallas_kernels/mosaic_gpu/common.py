@@ -178,7 +178,7 @@ def _some_work(bounds: blocks.Bounds, num_blocks: int) -> blocks.Bounds:
 
 
 class Visit(NamedTuple):
-    """Row blocks [first, last) that a block of keys visits, from the last to the first.
+    """Row blocks [first, last) that a block of keys visits.
 
     Attributes:
       first: the first row block.
@@ -202,6 +202,8 @@ class Masks:
       arrays: the kernel's inputs; it hands their references back as `refs`.
       spans: inputs after these for a kernel over rows: which keys each block's segments span, if there are segments.
       is_plain: causal or full, nothing else.
+      is_causal: no row sees later keys.
+      has_window: nor those that are too far back.
       num_row_blocks: blocks of 64 rows.
     """
 
@@ -209,6 +211,7 @@ class Masks:
         self._mask, self._num_keys = mask, num_keys
         self._static = dict(num_queries=num_queries, is_causal=mask.is_causal, window=mask.window)
         self.is_plain = mask.window is None and mask.segment_ids is None and mask.lengths is None
+        self.is_causal, self.has_window = mask.is_causal, mask.window is not None
         self.num_row_blocks = pl.cdiv(num_queries, BLOCK)
         self.arrays, self.spans = [jnp.reshape(mask.offset, (1,))], []
         if mask.lengths is not None:
