@@ -1,9 +1,9 @@
 """Decode timings beside every peer that is installed: `python -m benchmarks.decode [SET ...] [--json PATH]`.
 
 Sums of GPU kernel times by CUPTI, all in one process on one GPU. Peers: the published CuTe and Triton kernels of
-Parallax (parallax-kernel), and softmax decode by cuDNN (jax.nn) and FlashAttention-3 (flash-attn3-jax), the best of
-its split counts. A ratio above 1 says that the peer takes longer. `--routes triton triton_lang` times ours by Pallas
-and in the Triton language. `--sweep` times launches of the former instead.
+Parallax (parallax-kernel), and softmax decode by our own kernel, cuDNN (jax.nn) and FlashAttention-3 (flash-attn3-jax),
+the best of its split counts. A ratio above 1 says that the peer takes longer. `--routes triton triton_lang` times ours
+by Pallas and in the Triton language. `--sweep` times launches of the former instead.
 """
 
 import argparse
@@ -71,6 +71,11 @@ SETS = {
     "long": [Shape(1, 131072), Shape(4, 131072), Shape(8, 65536)],
     "sweep": [*MAIN, Shape(256, 1024)]
     + [Shape(32, 4096, h, k, d) for h, k, d in ((16, 8, 128), (32, 8, 128), (8, 1, 128), (8, 8, 64))],
+    # Whose programs fill the cores unevenly, and the shortest.
+    "uneven": [Shape(64, length, head_dim=d) for length, d in ((512, 128), (2048, 128), (256, 64), (1024, 64))]
+    + [Shape(16, length) for length in (1024, 8192)]
+    + [Shape(b, length, head_dim=64) for b, length in ((128, 4096), (8, 16384), (16, 512), (1, 128))]
+    + [Shape(16, 128), Shape(1, 256), Shape(1, 16384, page_size=64)],
     "paper": paper_grid(),
     "paper64": [shape for shape in paper_grid() if shape.head_dim == 64],
     "paper128": [shape for shape in paper_grid() if shape.head_dim == 128],
@@ -130,6 +135,17 @@ def flash_attention_3(shape: Shape) -> list[Callable]:
     return [functools.partial(decode, s) for s in splits]
 
 
+def softmax(shape: Shape) -> list[Callable]:
+    """Softmax decode by the kernel of Parallax, in Pallas, without the probe's part."""
+    from pallas_kernels.triton import decode as kernels
+
+    def decode(query, _, key, value, lengths, table):
+        options = dict(scale=shape.head_dim**-0.5, block_sizes=None)
+        return kernels.decode(query, None, key, value, Mask(None, lengths), table, **options)
+
+    return [decode]
+
+
 def torch_operands(shape: Shape):
     """Operands as torch tensors."""
     import torch
@@ -159,7 +175,7 @@ def published_triton(shape: Shape):
 
 
 TORCH_PEERS = {"cute": published_cute, "published_triton": published_triton}
-JAX_PEERS = {"cudnn": cudnn, "fa3": flash_attention_3}
+JAX_PEERS = {"softmax": softmax, "cudnn": cudnn, "fa3": flash_attention_3}
 PEERS = [*TORCH_PEERS, *JAX_PEERS]
 
 
@@ -255,27 +271,27 @@ def show(row: dict) -> None:
     print(f"{row['shape']:36} {row['route']:11} {row['us']:9.2f} us  {share}  {error}  ", *peers, *failed, flush=True)
 
 
-# (keys in a tile of head width 128, warps, stages) by the programs that a core must hold at once for one wave: no more
-# stages than its shared memory has room for.
+# (keys in a tile of head width 128, warps, stages) by the programs that a core is to hold at once: no more stages than
+# its shared memory has room for.
 LAUNCHES = {
-    1: ((64, 4, 3), (64, 4, 5), (64, 2, 3), (128, 8, 3), (32, 2, 4)),
-    2: ((32, 2, 4), (32, 2, 6), (64, 4, 3), (64, 4, 4), (64, 2, 3)),
+    1: ((64, 4, 3), (64, 4, 5), (64, 4, 7), (64, 2, 3), (128, 4, 3), (128, 8, 4), (32, 2, 4)),
+    2: ((32, 2, 4), (32, 2, 6), (64, 4, 3), (64, 4, 4), (64, 2, 3), (64, 2, 4)),
     4: ((32, 1, 4), (32, 2, 4), (32, 1, 3), (16, 1, 6)),
     8: ((16, 1, 3), (32, 1, 2), (16, 2, 3)),
 }
 
 
 def launches(shape: Shape, cores: int) -> list[TritonDecodeBlockSizes]:
-    """Launches worth timing, in one wave of programs if that can be; with rotation where sequences run side by side."""
+    """Launches worth timing, in one wave of programs or without splits; rotated where sequences run side by side."""
     found = {}
     for splits in (1 << i for i in range(7)):
         programs, keys = shape.batch * shape.kv_heads * splits, shape.length // splits
         a_core = 1 << max(0, math.ceil(programs / cores) - 1).bit_length()
-        if keys < 32 or (keys > 512 and 2 * programs <= cores):
+        if keys < 32 or (keys > 512 and 2 * programs <= cores) or (splits > 1 and a_core > 4):
             continue
-        fitting = LAUNCHES.get(a_core, LAUNCHES[2] + LAUNCHES[4] + LAUNCHES[8] if splits == 1 else ())
-        for block_k, warps, stages in fitting:
-            block_k *= 128 // shape.head_dim
+        held = [a_core] if splits > 1 or a_core == 1 else [n for n in LAUNCHES if 2 <= n <= a_core]
+        for block_k, warps, stages in itertools.chain.from_iterable(LAUNCHES.get(n, ()) for n in held):
+            block_k = min(block_k * 128 // shape.head_dim, 128 if keys <= 256 else 256)
             if block_k <= keys:
                 stages = max(2, min(stages, keys // block_k + 1))
                 found[TritonDecodeBlockSizes(block_k, splits, warps, stages, rotate=shape.batch > 1)] = None

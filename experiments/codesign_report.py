@@ -23,6 +23,22 @@ def _with_error(values, form: str = ".4f") -> str:
     return f"{mean} ± {statistics.stdev(values) / len(values) ** 0.5:.4f}" if len(values) > 1 else f"{mean} (one seed)"
 
 
+def _verdict(first: str, second: str, muon, adamw, difference) -> str:
+    """Whether Muon opens a gap that AdamW does not; what is within two standard errors is not told apart."""
+
+    def sign(values) -> int:
+        values = list(values)
+        mean, error = statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
+        return (mean > 2 * error) - (mean < -2 * error)
+
+    standing = {-1: "ahead", 0: "not told apart", 1: "behind"}
+    more = {-1: "it gains more under Muon", 0: "the two gaps are not told apart", 1: "it gains more under AdamW"}
+    return (
+        f"- {first} against {second}: {standing[sign(muon)]} under Muon, {standing[sign(adamw)]} under AdamW; "
+        f"{more[sign(difference)]}."
+    )
+
+
 def _page(size: str, rows: list[dict], picture: str) -> list[str]:
     """The section of one size."""
     final = [row for row in rows if row["size"] == size and row["stage"] == "final"]
@@ -59,6 +75,7 @@ def _page(size: str, rows: list[dict], picture: str) -> list[str]:
         "",
     ]
     lines += ["| | " + " | ".join(_OPTIMIZERS.values()) + " | Muon's less AdamW's |", "|---" * 4 + "|"]
+    verdicts = []
     for first, second in (
         ("Parallax", "softmax"),
         ("Parallax", "softmax, matched parameters"),
@@ -70,12 +87,14 @@ def _page(size: str, rows: list[dict], picture: str) -> list[str]:
         for optimizer in RATES:
             a, b = losses.get((first, optimizer), {}), losses.get((second, optimizer), {})
             gaps[optimizer] = {seed: a[seed] - b[seed] for seed in a.keys() & b.keys()}
-        if not all(gaps.values()):
-            continue
         common = gaps["muon"].keys() & gaps["adamw"].keys()
         columns = [*(gap.values() for gap in gaps.values()), [gaps["muon"][s] - gaps["adamw"][s] for s in common]]
-        cells = [_with_error(column, "+.4f") for column in columns if column]
-        lines.append(f"| {first} minus {second} | " + " | ".join(cells) + " |")
+        if any(columns):
+            cells = [_with_error(column, "+.4f") if column else "not run" for column in columns]
+            lines.append(f"| {first} minus {second} | " + " | ".join(cells) + " |")
+            if len(common) > 1:
+                verdicts.append(_verdict(first, second, *columns))
+    lines += ["", "Where two standard errors tell:", "", *verdicts] if verdicts else []
 
     last = [row for row in final if row.get("statistics")]
     names = ("Q", "K", "V", "O", "R", "QK", "RK", "OV")

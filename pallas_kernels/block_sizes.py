@@ -82,7 +82,7 @@ class _TritonDecode:
     """Launch of decode by a route of the "triton" implementation; which class names it decides the route.
 
     Attributes:
-      block_k: keys in a tile, a power of two >= 16; a page holds whole tiles, so paged caches may take a smaller one.
+      block_k: keys in a tile, a power of two >= 16; a tile may span pages, each row then has its own page's number.
       num_splits: programs that share the keys of one kv head, a power of two.
       num_warps: warps of a program.
       num_stages: depth of the software pipeline along the loop.
@@ -100,7 +100,8 @@ class _TritonDecode:
     def heuristic(cls, query, key, value, mask, page_table):
         """Launches that fit registers and shared memory; splits until two programs a core run, of 64 keys or more each.
 
-        The arguments are those of a backend's `decode`. The numbers come from a sweep (docs/results/decode.md).
+        What a program can have in flight at once it reads alone: a merge would take as long. The arguments are those of
+        a backend's `decode`. The numbers come from sweeps (docs/results/decode.md).
         """
         batch, num_queries = query.shape[:2]
         size, row_blocks = decode_rows(query, key, value)
@@ -118,10 +119,17 @@ class _TritonDecode:
             return cls(32 if width <= 128 else 16, splits, 8, 3)
         if held > 2048:
             return cls(32, splits, 4, 3)
-        if splits == 1 and num_keys >= DECODE_LONG and width <= 128:
-            return cls(4096 // max(width, 64), 1, 2, 4, rotate=True)
-        block_k = 8192 // max(width, 64)
-        return cls(block_k, splits, 2, 2 if num_keys < 2 * block_k * splits else 3)
+        width = max(width, 64)
+        if programs <= 128 and num_keys * width <= DECODE_AT_ONCE:
+            block_k = min(128, DECODE_AT_ONCE // width)
+            return cls(block_k, 1, 4, 2 if num_keys <= block_k else 3)
+        if splits == 1 and width <= 128:
+            long = num_keys >= DECODE_LONG
+            if long or (256 < programs <= 1024 and num_keys >= 256):  # with larger tiles 1.3 and 2.6 waves of programs
+                return cls(4096 // width, 1, 2, 4, rotate=long)
+        keys = num_keys // splits
+        block_k = min(8192 // width, max(64, 1 << (keys.bit_length() - 1)))
+        return cls(block_k, splits, 2, 2 if keys < 2 * block_k else 3)
 
 
 class TritonDecodeBlockSizes(_TritonDecode):
@@ -134,6 +142,7 @@ class TritonLangDecodeBlockSizes(_TritonDecode):
 
 # What both routes of "triton" agree on in decode.
 DECODE_ROW_BYTES = 16384  # of queries that a program holds; larger groups are cut into blocks of rows
+DECODE_AT_ONCE = 16384  # keys times columns that a program has in flight at once
 DECODE_LONG = 4096  # keys from which on programs that read whole sequences begin at different tiles
 DECODE_TURN = 37  # tiles by which the start of a program lies behind that of the one before
 DECODE_MERGED_COLUMNS = 512  # columns times splits that a program of the merge kernel merges

@@ -142,7 +142,7 @@ def row_bounds(
     window: int | None,
     segment: tuple | None = None,
 ) -> Bounds:
-    """Query blocks that see keys [key, key + block_k): `key_bounds` for the column pass.
+    """Query blocks that see keys [key, key + block_k): `key_bounds` for passes over keys.
 
     `segment` holds the rows: (first row, first row of the unmasked span, its end, last row + 1).
     """
@@ -221,7 +221,7 @@ def visible_tile(
     Args:
       row: int32 query rows, already broadcast against `key` (a tile, or (rows, 1) where the backend broadcasts).
       key: int32 key indices, likewise.
-      num_queries: T where rows past it must be hidden (the column pass), else None.
+      num_queries: T where rows past it must be hidden (passes over keys), else None.
       offset: see `Mask`.
       length: number of valid keys, at most S.
       is_causal: see `Mask`.

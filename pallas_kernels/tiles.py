@@ -30,14 +30,14 @@ class State(NamedTuple):
       d1: (rows,) sum of 2^(s - m).
       t_mean: (rows,) mean of t under the weights so far.
       o1: (rows, Hv) sum of 2^(s - m) v.
-      o2: (rows, Hv) sum of 2^(s - m) (t - t_mean) v.
+      o2: (rows, Hv) sum of 2^(s - m) (t - t_mean) v. Softmax attention has neither o2 nor t_mean.
     """
 
     m: jax.Array
     d1: jax.Array
-    t_mean: jax.Array
+    t_mean: jax.Array | None
     o1: jax.Array
-    o2: jax.Array
+    o2: jax.Array | None
 
 
 def dot_precision(dtype) -> lax.Precision | None:
@@ -116,6 +116,12 @@ def weigh(
     return State(m, d1, t_mean, o1, o2), p, p * (s2 - spread(t_mean, s2))
 
 
+def weigh_softmax(state: State, s1: jax.Array, c: float, visible: jax.Array | None) -> tuple[State, jax.Array]:
+    """`weigh` without a probe: the state and the weights p."""
+    m, a, p = softmax_weights(state.m, s1, c, visible)
+    return State(m, a * state.d1 + jnp.sum(p, axis=-1), None, spread(a, state.o1) * state.o1, None), p
+
+
 def update(
     state: State,
     s1: jax.Array,
@@ -151,14 +157,16 @@ def merge(states: State, axis: int = 0) -> State:
     m = jnp.max(states.m, axis=axis, keepdims=True)
     a = jnp.exp2(states.m - jnp.where(m == -jnp.inf, 0.0, m))
     d1 = jnp.sum(a * states.d1, axis=axis)
+    o1 = jnp.sum(a[..., None] * states.o1, axis=axis)
+    if states.o2 is None:
+        return State(jnp.squeeze(m, axis), d1, None, o1, None)
     t_mean = jnp.sum(a * states.d1 * states.t_mean, axis=axis) / _nonzero(d1)
     shift = states.t_mean - jnp.expand_dims(t_mean, axis)
-    o1 = jnp.sum(a[..., None] * states.o1, axis=axis)
     o2 = jnp.sum(a[..., None] * (states.o2 + shift[..., None] * states.o1), axis=axis)
     return State(jnp.squeeze(m, axis), d1, t_mean, o1, o2)
 
 
-def finish(state: State) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+def finish(state: State) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """Returns (out, v_mean, lse, t_mean) of the rows; lse is in base 2.
 
     Rows that saw no key give out = v_mean = t_mean = 0 and lse = +inf, so that the backward pass finds p = 0.
@@ -166,8 +174,10 @@ def finish(state: State) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     empty = state.d1 == 0
     inverse = jnp.where(empty, 0.0, 1.0 / _nonzero(state.d1))
     v_mean = state.o1 * spread(inverse, state.o1)
-    out = v_mean - state.o2 * spread(inverse, state.o2)
     lse = jnp.where(empty, jnp.inf, state.m + jnp.log2(_nonzero(state.d1)))
+    if state.o2 is None:
+        return v_mean, v_mean, lse, None
+    out = v_mean - state.o2 * spread(inverse, state.o2)
     return out, v_mean, lse, jnp.where(empty, 0.0, state.t_mean)
 
 

@@ -183,7 +183,7 @@ def init_paged_cache(
         page_table[b, s // page_size]. An id that is not in [0, num_pages) stands for no page: nothing is written there.
         It may be replaced between steps (`dataclasses.replace`), to hand out pages as sequences grow.
       num_pages: pages in each layer's pool.
-      page_size: tokens in a page; a multiple of 16 for the Triton kernel.
+      page_size: tokens in a page.
 
     Raises:
       ValueError: the page table is not int32 (B, P), or gives one page to two places.

@@ -22,13 +22,13 @@ pytestmark = pytest.mark.compile
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-@pytest.mark.parametrize("new", [1, 16], ids=["step", "sixteen"])
+@pytest.mark.parametrize(("new", "page_size"), [(1, 64), (1, 16), (16, 48)])
 @pytest.mark.parametrize("batch", [1, 64], ids=["splits", "one_split"])
 @pytest.mark.parametrize("card", ["H100", "RTX 4090"])
-def test_kernels_fit(card, batch, new, head_dim, dtype):
+def test_kernels_fit(card, batch, new, page_size, head_dim, dtype):
     mesh = jax.sharding.Mesh(gpu_devices(1, card), ("x",))
     shape = functools.partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, PartitionSpec()))
-    rows, cache = (batch, new, 12, head_dim), (2 * batch, 64, 4, head_dim)
+    rows, cache = (batch, new, 12, head_dim), (2 * batch, page_size, 4, head_dim)
     operands = [shape(x, jnp.dtype(dtype)) for x in (rows, rows, cache, cache)]
     step = jax.jit(
         lambda table, *x: parallax_decode(*x, page_table=table, local_window_size=900, implementation="triton")

@@ -6,12 +6,15 @@ import warnings
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from pallas_kernels.block_sizes import TritonDecodeBlockSizes, XlaBlockSizes
+from pallas_kernels.blocks import Mask
+from pallas_kernels.triton import decode as triton_decode
 from parallax_jax import parallax_decode
-from tests.decode_conformance import CASES, DecodeConformance, draw
+from tests.decode_conformance import CASES, TOLERANCE, Case, DecodeConformance, draw, error, expected
 
 pytestmark = pytest.mark.filterwarnings("ignore:implementation 'triton' rests on:FutureWarning")
 H100 = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu"))
@@ -81,12 +84,27 @@ def test_bad_arguments(changes, message):
     assert message in str(raised.value)
 
 
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize("name", ["step", "many_rows_wide_head", "paged_pages_of_48_window"])
+def test_softmax_is_a_probe_of_zeros(name, splits):
+    case = next(c for c in CASES if c.name == name)
+    (query, probe, key, value), lengths, table = draw(case)
+    options = dict(scale=case.H**-0.5, block_sizes=TritonDecodeBlockSizes(16, splits, 2, 2))
+    mask = Mask(None, lengths, window=case.window)
+    out = jax.jit(functools.partial(triton_decode.decode, **options))(query, None, key, value, mask, table)
+    reference = expected(case, (query, jnp.zeros_like(probe), key, value), table)
+    assert error(out, reference) <= TOLERANCE[case.dtype]
+
+
+def test_pages_of_any_size():
+    (query, probe, key, value), lengths, _ = draw(Case("pages_of_9", (36, 20), S=36))
+    table = jnp.asarray([[2, 0, 7, 5], [1, 6, 3, 4]], jnp.int32)
+    paged = (jnp.zeros((8, 9, *x.shape[2:])).at[table].set(x.reshape(2, 4, 9, *x.shape[2:])) for x in (key, value))
+    out = parallax_decode(query, probe, *paged, lengths, page_table=table, implementation="triton")
+    np.testing.assert_allclose(out, parallax_decode(query, probe, key, value, lengths), atol=1e-5)
+
+
 def test_unsupported_calls_say_why():
-    cache = {"key_cache": jnp.ones((4, 9, 2, 8)), "value_cache": jnp.ones((4, 9, 2, 8))}
-    paged = operands(**cache, page_table=jnp.asarray([[0], [3]], jnp.int32))
-    with pytest.raises(NotImplementedError, match="page size must be a multiple of 16, got 9"):
-        parallax_decode(**paged, implementation="triton")
-    parallax_decode(**paged)
     with pytest.raises(NotImplementedError, match="needs TritonDecodeBlockSizes, got XlaBlockSizes"):
         parallax_decode(**operands(), implementation="triton", block_sizes=XlaBlockSizes())
 

@@ -50,7 +50,7 @@ def filled(config: ModelConfig, paged: bool):
 # Changes to the model, whether the cache is paged, and the number of splits.
 CASES = {
     "contiguous": ({}, False, 4),
-    "softmax": ({"attention": "softmax"}, False, 1),
+    "softmax": ({"attention": "softmax"}, False, 4),
     "paged_mqa": ({"num_kv_heads": 1, "num_heads": 10}, True, 2),
     "window": ({"local_window_size": (None, 7)}, True, 1),
     "ring": ({"local_window_size": 8}, False, 2),

@@ -148,6 +148,22 @@ def test_decode_of_one_token_spills_nothing(monkeypatch, card, batch, keys):
         assert stored == 0, name
 
 
+@pytest.mark.usefixtures("only_triton_lang")
+@pytest.mark.parametrize("page_size", [None, 16, 64])
+@pytest.mark.parametrize(("batch", "keys"), [(1, 16384), (32, 4096)])
+def test_decode_reads_tiles_ahead(monkeypatch, batch, keys, page_size):
+    """A loop that waits for all its copies, for want of the next page's number, takes twice as long."""
+    shape, pages = jax.ShapeDtypeStruct, batch * keys // (page_size or keys)
+    rows, cache = shape((batch, 1, 8, 128), jnp.bfloat16), shape((pages, page_size or keys, 8, 128), jnp.bfloat16)
+    table = None if page_size is None else shape((batch, pages // batch), jnp.int32)
+    decode = lambda table, *x: parallax_decode(*x, page_table=table, implementation="triton")
+    kernels = compiled(monkeypatch, "H100", decode, table, rows, rows, cache, cache, shape((batch,), jnp.int32))
+    kernel, stored = next(x for name, x in kernels.items() if "merge" not in name)
+    waits = {int(count) for count in re.findall(r"cp\.async\.wait_group\s+(\d+)", kernel.asm["ptx"])}
+    assert max(waits) == {1: 2, 32: 4}[batch]  # keys and values of all stages but two
+    assert stored == 0
+
+
 def lower(function, *operands) -> str:
     with jax.sharding.use_abstract_mesh(device("H100")), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)

@@ -1,8 +1,8 @@
 """What the Hopper kernels share: launch, tiles in registers and shared memory, turns, masks and ranges of blocks.
 
 Every kernel runs two warpgroups that compute, each on its own 64 rows (or keys), and one that copies the tiles both of
-them read into a ring of slots in shared memory. The two take turns on the tensor cores, so that the elementwise work
-of one runs under the products of the other.
+them read into a ring of slots in shared memory. In the forward pass the two take turns on the tensor cores, so that the
+elementwise work of one runs under the products of the other.
 """
 
 import functools

@@ -54,8 +54,6 @@ def unsupported(query, probe, key, value, mask, page_table, *, scale, block_size
     """Why this backend cannot run the call, or None."""
     if query.dtype == jnp.float64:
         return "query: float64 runs in 'reference' and 'xla' only"
-    if page_table is not None and key.shape[1] % 16:
-        return f"key_cache: page size must be a multiple of 16, got {key.shape[1]}"
     if block_sizes is not None and not isinstance(block_sizes, TritonDecodeBlockSizes):
         return f"block_sizes: needs TritonDecodeBlockSizes, got {type(block_sizes).__name__}"
     if block_sizes is not None and query.shape[1] > MAX_QUERIES:
@@ -64,7 +62,10 @@ def unsupported(query, probe, key, value, mask, page_table, *, scale, block_size
 
 
 def decode(query, probe, key, value, mask: blocks.Mask, page_table, *, scale, block_sizes):
-    """Returns the output (B, T, N, Hv); `mask.lengths` is (B,), `mask.offset` (B,) or None for lengths - T."""
+    """Returns the output (B, T, N, Hv); `mask.lengths` is (B,), `mask.offset` (B,) or None for lengths - T.
+
+    A probe that is None asks for softmax attention, of at most `MAX_QUERIES` new tokens.
+    """
     if query.shape[1] > MAX_QUERIES:
         return _prefill(query, probe, key, value, mask, page_table, scale=scale)
     config = block_sizes or TritonDecodeBlockSizes.heuristic(query, key, value, mask, page_table)
@@ -92,7 +93,8 @@ def append(query, probe, key, value, counters, mask: blocks.Mask, page_table, fr
       The output (B, 1, N, Hv), key, value and counters. A token without a place in the cache is written nowhere.
     """
     config = block_sizes or TritonDecodeBlockSizes.heuristic(query, key, value, mask, page_table)
-    if block_sizes is None and not config.rotate:  # two warps have no registers for new rows beside a long tile
+    if block_sizes is None and config.block_k * max(64, *(x.shape[3] for x in (key, value))) > 4096:
+        # Two warps have no registers for new rows beside a long tile.
         config = dataclasses.replace(config, num_warps=max(4, config.num_warps))
     call = functools.partial(_decode, scale=scale, config=config)
     return device.run(call, query, probe, key, value, counters, mask, page_table, fresh)
@@ -157,9 +159,12 @@ def _unpair(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.sum(jnp.where(first, x, -0.0), axis=0), jnp.sum(jnp.where(first, -0.0, x), axis=0)
 
 
-def _stack(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Two (8, n) tiles as one (16, n). In a tensor core's layout rows i and i + 8 share a thread: nothing moves."""
-    return _pair(x, y).reshape(16, x.shape[1])
+def _stack(x: jax.Array, y: jax.Array | None = None) -> jax.Array:
+    """Two (8, n) tiles, the second 0 where it is None, as one (16, n).
+
+    In a tensor core's layout rows i and i + 8 share a thread: nothing moves.
+    """
+    return _pair(x, jnp.zeros_like(x) if y is None else y).reshape(16, x.shape[1])
 
 
 def _unstack(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -259,15 +264,15 @@ def _kernel(
     dot = functools.partial(common.dot, precision=precision)
 
     def read(tokens, heads, columns, inside_q, inside_r):
-        """Tiles of queries and probes."""
-        if fresh is None:
-            load = lambda ref, inside: plt.load(ref.at[b, tokens, heads, columns], mask=inside, other=0.0)
-            return load(q_ref, inside_q), load(r_ref, inside_r)
-        turned = lambda i, ref, inside: _turned(
-            ref, fresh.gains[i], fresh.rotations[i], fresh.epsilon, b, heads, columns, inside
-        )
-        q = turned(0, q_ref, inside_q)
-        return q, jnp.zeros_like(q) if r_ref is None else turned(1, r_ref, inside_r)
+        """Tiles of queries and, where there are any, probes."""
+
+        def load(i, ref, inside):
+            if fresh is None:
+                return plt.load(ref.at[b, tokens, heads, columns], mask=inside, other=0.0)
+            return _turned(ref, fresh.gains[i], fresh.rotations[i], fresh.epsilon, b, heads, columns, inside)
+
+        q = load(0, q_ref, inside_q)
+        return (q,) if r_ref is None else (q, load(1, r_ref, inside_r))
 
     if rows.size == 8:
         # Rows 0 to 7 of one tile are queries, the others their probes: each product with keys or values is one.
@@ -275,15 +280,14 @@ def _kernel(
         each = lax.rem(both, 8)
         half, tokens, heads, columns, inside = rows.spread(q_ref.shape[3], each, *rows.read(each, kv))
         is_query = lax.broadcast_in_dim(both < 8, half.shape, (0,))
-        q, r = read(tokens, heads, columns, inside & is_query, inside & ~is_query)
-        qr = q + r
+        qr = functools.reduce(jnp.add, read(tokens, heads, columns, inside & is_query, inside & ~is_query))
         scores, sums = lambda k: _unstack(dot(qr, k)), _sums
-        add = lambda o1, o2, p, p2, v: _unstack(_stack(o1, o2) + dot(_stack(p, p2).astype(v.dtype), v))
+        add = lambda o, p, v: _unstack(_stack(*o) + dot(_stack(*p).astype(v.dtype), v))
     else:
         _, tokens, heads, columns, inside = rows.spread(q_ref.shape[3], row, token, head)
-        q, r = read(tokens, heads, columns, inside, inside)
-        scores, sums = lambda k: (dot(q, k), dot(r, k)), tiles.sums
-        add = lambda o1, o2, p, p2, v: (o1 + dot(p.astype(v.dtype), v), o2 + dot(p2.astype(v.dtype), v))
+        each = read(tokens, heads, columns, inside, inside)
+        scores, sums = lambda k: [dot(x, k) for x in each], tiles.sums
+        add = lambda o, p, v: [o_ + dot(p_.astype(v.dtype), v) for o_, p_ in zip(o, p, strict=True)]
 
     length = jnp.minimum(mask.lengths[b], num_keys)
     offset = (length - num_queries) if mask.offset is None else mask.offset[b]
@@ -304,21 +308,39 @@ def _kernel(
     place = lambda j: jnp.where(j + turn < stop, j + turn, j + turn - count) if config.rotate else j
 
     def absorb(state, k, v, visible):
-        state, p, p2 = tiles.weigh(state, *scores(k), scale * tiles.LOG2_E, visible, sums)
-        o1, o2 = add(state.o1, state.o2, p, p2, v)
+        s1, *s2 = scores(k)
+        if r_ref is None:
+            state, p = tiles.weigh_softmax(state, s1, scale * tiles.LOG2_E, visible)
+            return state._replace(o1=add([state.o1], [p], v)[0])
+        state, p, p2 = tiles.weigh(state, s1, *s2, scale * tiles.LOG2_E, visible, sums)
+        o1, o2 = add([state.o1, state.o2], [p, p2], v)
         return state._replace(o1=o1, o2=o2)
 
     def page_of(j):
-        page, _ = _divmod(j * config.block_k, page_size)
-        return jnp.clip(pages_ref[b, jnp.minimum(page, pages_ref.shape[1] - 1)], 0, num_pages - 1)
+        """The page of tile j, or of each of its rows where a tile may span pages."""
+        key = j * config.block_k
+        if page_size % config.block_k:
+            key += jnp.arange(config.block_k)
+        entry = jnp.minimum(_divmod(key, page_size)[0], pages_ref.shape[1] - 1)
+        page = pages_ref[b, entry] if entry.ndim == 0 else plt.load(pages_ref.at[b, entry])
+        return jnp.clip(page, 0, num_pages - 1)
+
+    def load(ref, sequence, key):
+        """Keys [key, key + block_k) of a sequence or its pages, or values; those from `end` on are 0 and not read."""
+        local = key if pages_ref is None else _divmod(key, page_size)[1]
+        if jnp.ndim(sequence) == 0:
+            return common.load_rows(ref, sequence, local, config.block_k, kv, end - key + local)
+        keys, width = key + jnp.arange(config.block_k), common.padded(ref.shape[3])
+        spread = lambda x: lax.broadcast_in_dim(x, (config.block_k, width), (0,))
+        column = lax.broadcasted_iota(jnp.int32, (config.block_k, width), 1)
+        inside = spread(keys < end) & (column < ref.shape[3])
+        at = ref.at[spread(sequence), spread(_divmod(keys, page_size)[1]), kv + column * 0, column]
+        return plt.load(at, mask=inside, other=0.0)
 
     def step(j, carry):
         key = place(j) * config.block_k
         sequence, state = carry
-        local = key if pages_ref is None else _divmod(key, page_size)[1]
-        limit = end - key + local
-        k = common.load_rows(k_ref, sequence, local, config.block_k, kv, limit).T
-        v = common.load_rows(v_ref, sequence, local, config.block_k, kv, limit)
+        k, v = load(k_ref, sequence, key).T, load(v_ref, sequence, key)
         shape = (rows.size, config.block_k)
         visible = blocks.visible_tile(
             lax.broadcast_in_dim(token, shape, (0,)),
@@ -333,6 +355,8 @@ def _kernel(
         return sequence, absorb(state, k, v, visible)
 
     state = tiles.initial_state((rows.size,), common.padded(value_dim))
+    if r_ref is None:
+        state = state._replace(t_mean=None, o2=None)
     if fresh is not None and not interpret:
         state = state._replace(m=common.release_next(state.m))
     first = b if pages_ref is None else page_of(place(start))
@@ -351,7 +375,7 @@ def _kernel(
         out = tiles.finish(state)[0].astype(out_refs[0].dtype)
         plt.store(out_refs[0].at[b, tokens, heads, columns], out, mask=inside)
         return
-    for ref, x in zip(out_refs, state, strict=True):
+    for ref, x in zip(jax.tree.leaves(tuple(out_refs)), jax.tree.leaves(state), strict=True):
         if x.ndim == 1:
             plt.store(ref.at[b, kv, row, split], x, mask=row < rows.total)
         else:
@@ -395,7 +419,7 @@ def _merge(state_refs: tiles.State, out_ref, b, kv, first, size: int, rows: _Row
         split_, row_ = (lax.broadcasted_iota(jnp.int32, shape[:2], axis) for axis in range(2))
         return plt.load(ref.at[b, kv, first + row_, split_], mask=first + row_ < rows.total, other=0.0)
 
-    out, *_ = tiles.finish(tiles.merge(tiles.State(*map(load, state_refs))))
+    out, *_ = tiles.finish(tiles.merge(jax.tree.map(load, state_refs)))
     row, column = (lax.broadcasted_iota(jnp.int32, shape[1:], axis) for axis in range(2))
     row, column = first + row, first_column + column
     token, head = rows.read(row, kv)
@@ -418,15 +442,14 @@ def _decode(
     interpret: bool,
 ):
     batch, num_queries, num_heads, _ = query.shape
-    page_size, num_kv_heads, value_dim = value.shape[1:]
+    num_kv_heads, value_dim = value.shape[2:]
     rows = _Rows.of(query, key, value)
-    if page_table is not None:
-        # The largest tile of which a page holds a whole number.
-        config = dataclasses.replace(config, block_k=min(config.block_k, page_size & -page_size))
     out = jax.ShapeDtypeStruct((batch, num_queries, num_heads, value_dim), query.dtype)
     stat = jax.ShapeDtypeStruct((batch, num_kv_heads, rows.total, config.num_splits), jnp.float32)
     values = jax.ShapeDtypeStruct((*stat.shape, value_dim), jnp.float32)
     states = tiles.State(stat, stat, stat, values, values)
+    if probe is None:
+        states = states._replace(t_mean=None, o2=None)
     shapes, aliases = (out,) if config.num_splits == 1 else states, {}
     if fresh is not None:
         inputs = (key, value) if config.num_splits == 1 else (key, value, counters)
@@ -461,6 +484,8 @@ def _decode(
 
 def _prefill(query, probe, key, value, mask, page_table, *, scale):
     """The forward kernel, each sequence with its own offset."""
+    if probe is None:
+        raise NotImplementedError(f"probe: None takes at most {MAX_QUERIES} new tokens, got {query.shape[1]}")
     if page_table is not None:
         key, value = (jnp.take(x, page_table, axis=0, mode="clip") for x in (key, value))
         key, value = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in (key, value))

@@ -20,8 +20,6 @@ MAX_QUERIES = 16  # more new tokens than this are a prefill: the forward kernel'
 
 def unsupported(query, probe, key, value, mask, page_table, *, scale, block_sizes) -> str | None:
     """Why this backend cannot run the call, or None."""
-    if page_table is not None and key.shape[1] % 16:
-        return f"key_cache: page size must be a multiple of 16, got {key.shape[1]}"
     if block_sizes is not None and query.shape[1] > MAX_QUERIES:
         return f"block_sizes: more than {MAX_QUERIES} new tokens run in the forward kernel, which has its own"
     return triton_lang.unsupported_anywhere(query, block_sizes, TritonLangDecodeBlockSizes)
@@ -62,7 +60,6 @@ class Call(common.Scores):
     size: int
     row_blocks: int
     block_k: int
-    num_stages: int
     num_splits: int
     turn: int  # tiles by which a program begins behind the one before, 0 for none
 
@@ -73,6 +70,8 @@ class Call(common.Scores):
     # Few columns for a program of the merge, so that many programs load.
     merged_columns = property(lambda self: min(self.value_width, max(16, DECODE_MERGED_COLUMNS // self.num_splits)))
     merge_programs = property(lambda self: -(-self.value_dim // self.merged_columns))
+    # Whether the rows of a tile may lie in several pages.
+    scattered = property(lambda self: self.table_width > 0 and self.page_size % self.block_k > 0)
     # Tokens that a block of rows touches.
     tokens = property(lambda self: self.queries if self.row_blocks == 1 else -(-self.size // self.group) + 1)
 
@@ -88,14 +87,32 @@ def _pointers(ptr, b, kv, row, width: tl.constexpr, call: tl.constexpr):
 
 @triton.jit
 def _page(pages_ptr, b, j, call: tl.constexpr):
-    """The page that holds key block j of sequence b."""
+    """The page that holds key block j of sequence b; of a scattered tile that of each row."""
     if call.table_width == 0:
         page = b
     else:
-        entry = tl.minimum(j * call.block_k // call.page_size, call.table_width - 1)
+        key = j * call.block_k
+        if call.scattered:
+            key += tl.arange(0, call.block_k)
+        entry = tl.minimum(key // call.page_size, call.table_width - 1)
         page = tl.load(pages_ptr + tl.cast(b, tl.int64) * call.table_width + entry)
         page = tl.minimum(tl.maximum(page, 0), call.num_pages - 1)
     return page
+
+
+@triton.jit
+def _load(ptr, page, key, end, kv, width: tl.constexpr, call: tl.constexpr):
+    """Keys [key, key + block_k) of a kv head, or their values; those from `end` on are 0 and are not read."""
+    if call.scattered:
+        keys = key + tl.arange(0, call.block_k)
+        row = tl.cast(page, tl.int64) * call.page_size + keys % call.page_size
+        pointers = ptr + ((row * call.kv_heads + kv) * width)[:, None] + tl.arange(0, common.padded(width))[None, :]
+        tile = tl.load(pointers, mask=common.inside(key, end, width, call.block_k), other=0.0)
+    else:
+        local = key % call.page_size  # of a contiguous cache too: so the compiler knows that it is small
+        limit = end - key + local
+        tile = common.load_rows(ptr, page, local, limit, kv, call.page_size, call.kv_heads, width, call.block_k)
+    return tile
 
 
 @triton.jit
@@ -165,12 +182,11 @@ def _state(q_ptr, r_ptr, k_ptr, v_ptr, offset_ptr, lengths_ptr, pages_ptr, b, kv
 
     state = tiles.initial_state(size, width)
     page = _page(pages_ptr, b, _place(start, turn, stop, count, call), call)
-    for j in tl.range(start, stop, num_stages=call.num_stages):
+    # The launch's stages: given to this loop they would cover the load of the page, and then nothing overlaps.
+    for j in range(start, stop):
         key = _place(j, turn, stop, count, call) * call.block_k
-        local = key % call.page_size  # of a contiguous cache too: so the compiler knows that it is small
-        limit = end - key + local
-        k = common.load_rows(k_ptr, page, local, limit, kv, call.page_size, call.kv_heads, call.head_dim, call.block_k)
-        v = common.load_rows(v_ptr, page, local, limit, kv, call.page_size, call.kv_heads, call.value_dim, call.block_k)
+        k = _load(k_ptr, page, key, end, kv, call.head_dim, call)
+        v = _load(v_ptr, page, key, end, kv, call.value_dim, call)
         keys = (key + tl.arange(0, call.block_k))[None, :]
         visible = (keys < length) & (keys <= position[:, None])
         if call.window is not None:
@@ -263,9 +279,7 @@ def _decode(query, probe, key, value, mask, page_table, *, scale, config: Triton
         has_offset=mask.offset is not None,
         size=size,
         row_blocks=row_blocks,
-        # The largest tile of which a page holds a whole number.
-        block_k=config.block_k if page_table is None else min(config.block_k, page_size & -page_size),
-        num_stages=config.num_stages,
+        block_k=config.block_k,
         num_splits=config.num_splits,
         turn=DECODE_TURN if config.rotate else 0,
     )
