@@ -76,6 +76,12 @@ def sums(x, y):
 
 
 @triton.jit
+def sums_in_threads(x):
+    """Sums of a tile over every eighth key, (rows, 8): in a tensor core's layout no thread needs another's numbers."""
+    return tl.sum(x.reshape(x.shape[0], x.shape[1] // 8, 8), 1)
+
+
+@triton.jit
 def softmax_weights(m, s1, visible, call: tl.constexpr):
     """The tile's new maximum, the factor for the old sums and the weights 2^(s - m)."""
     if call.scores_first:
@@ -99,12 +105,6 @@ def weigh(state, s1, s2, visible, call: tl.constexpr):
     o1 = o1 * a[:, None]
     o2 = o2 * a[:, None] + (t_mean - t_new)[:, None] * o1
     return (m_new, d1, t_new, o1, o2), p, p * (s2 - t_new[:, None])
-
-
-@triton.jit
-def first_mean(centre, d1, p, s2):
-    """The mean of t over a tile where a row saw no key before it (d1 is 0), else the row's centre."""
-    return tl.where(d1 == 0, tl.sum(p * s2, 1) / nonzero(tl.sum(p, 1)), centre)
 
 
 @triton.jit
