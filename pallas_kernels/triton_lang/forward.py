@@ -115,11 +115,6 @@ def parallax_forward(
     common.store_stat(t_mean_ptr, t_mean, b, n, row, limit, call)
 
 
-def _interleaved(heads: int) -> int:
-    """Key/value heads whose longest rows start first: at most 32, so that several programs share a tile in L2."""
-    return -(-heads // -(-heads // 32))
-
-
 def has_fixed_centre(mask: blocks.Mask, config: TritonPass) -> bool:
     """Whether every row that sees a key sees key 0 and belongs to one warp, on Hopper or later.
 
@@ -134,6 +129,13 @@ def forward(query, probe, key, value, mask: blocks.Mask, *, scale: float, config
     call = common.Call.of(query, key, value, mask, scale, config)
     values = jax.ShapeDtypeStruct((*query.shape[:3], value.shape[3]), query.dtype)
     stats = jax.ShapeDtypeStruct((call.batch, call.heads, call.queries), jnp.float32)
+    heads, fixed_centre = call.batch * call.kv_heads, has_fixed_centre(mask, config)
+    if (
+        fixed_centre and mask.is_causal
+    ):  # the longest rows of all heads first; of 32, so that programs share tiles in L2
+        group = -(-heads // -(-heads // 32))
+    else:
+        group = common.work_group(heads, common.nbytes(key, value))
     return launch.launch(
         parallax_forward,
         (query, probe, key, value, *launch.mask_arrays(mask, mask.row_spans(config.block_q))),
@@ -141,6 +143,6 @@ def forward(query, probe, key, value, mask: blocks.Mask, *, scale: float, config
         programs=call.batch * call.heads * call.row_blocks,
         config=config,
         call=call,
-        group=call.heads_per_kv * _interleaved(call.batch * call.kv_heads),
-        fixed_centre=has_fixed_centre(mask, config),
+        group=call.heads_per_kv * group,
+        fixed_centre=fixed_centre,
     )
