@@ -123,8 +123,12 @@ class _TritonDecode:
         if programs <= 128 and num_keys * width <= DECODE_AT_ONCE:
             block_k = min(128, DECODE_AT_ONCE // width)
             return cls(block_k, 1, 4, 2 if num_keys <= block_k else 3)
+        if 64 < programs <= 128 and num_keys <= 512 and width == 64:  # a merge would still take longer
+            return cls(128, 1, 4, 3)
         if splits == 1 and width <= 128:
             long = num_keys >= DECODE_LONG
+            if long and width == 64 and programs > 512:  # enough programs a core without a second warp
+                return cls(64, 1, 1, 2, rotate=True)
             if long or (256 < programs <= 1024 and num_keys >= 256):  # with larger tiles 1.3 and 2.6 waves of programs
                 return cls(4096 // width, 1, 2, 4, rotate=long)
         keys = num_keys // splits

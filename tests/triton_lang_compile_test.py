@@ -156,10 +156,13 @@ def test_decode_fits(monkeypatch, batch, new, dtype):
 
 @pytest.mark.usefixtures("only_triton_lang")
 @pytest.mark.parametrize("card", CARDS)
-@pytest.mark.parametrize(("batch", "keys"), [(1, 512), (1, 16384), (32, 1024), (32, 4096)])
-def test_decode_of_one_token_spills_nothing(monkeypatch, card, batch, keys):
+@pytest.mark.parametrize(
+    ("batch", "keys", "head_dim"),
+    [(1, 512, 128), (1, 16384, 128), (32, 1024, 128), (32, 4096, 128), (16, 512, 64), (128, 4096, 64)],
+)
+def test_decode_of_one_token_spills_nothing(monkeypatch, card, batch, keys, head_dim):
     shape = jax.ShapeDtypeStruct
-    rows, cache = shape((batch, 1, 8, 128), jnp.bfloat16), shape((batch, keys, 8, 128), jnp.bfloat16)
+    rows, cache = shape((batch, 1, 8, head_dim), jnp.bfloat16), shape((batch, keys, 8, head_dim), jnp.bfloat16)
     decode = lambda *x: parallax_decode(*x, implementation="triton")
     kernels = compiled(monkeypatch, card, decode, rows, rows, cache, cache, shape((batch,), jnp.int32))
     assert len(kernels) == (2 if batch == 1 else 1)
