@@ -107,10 +107,10 @@ class Variant:
     def lower(self, config: ModelConfig, tokens: int, *arguments) -> jax.stages.Lowered:
         """Greedy steps of this variant, `tokens` in a call."""
 
-        def launch(rows, weights, gated):
+        def launch(rows, weights, gated, residual):
             first = "down" if weights[0].shape[0] == config.mlp_width else "out"
             name = "gate" if gated else "in" if len(weights) > 1 else first
-            return default(rows, weights, gated)._replace(**self.launches.get(name, {}))
+            return default(rows, weights, gated, residual)._replace(**self.launches.get(name, {}))
 
         heuristic = lambda *x: dataclasses.replace(append(*x), **self.attention)
         default, append = projection._launch, TritonDecodeBlockSizes.heuristic
@@ -241,7 +241,6 @@ def bench(config: ModelConfig, batch: int, context: int, bandwidth: float, token
 
 FAR_AHEAD = {"in": ("gains", "out", "gate", "up"), "out": ("down",), "gate": ("next",), "down": ()}
 PRODUCTS = tuple(step.AHEAD)
-_WIDE_LOADS = {"vector": 8, "num_warps": 16}
 VARIANTS = {
     "default": Variant(),
     "no_graph": Variant(options={"xla_gpu_graph_min_graph_size": 1 << 20}),
@@ -251,19 +250,10 @@ VARIANTS = {
     "far_ahead": Variant(ahead=FAR_AHEAD),
     "cache_ahead": Variant(ahead=step.AHEAD | {"in": ("gains", "cache", "out")}),
     "cache_ahead_late": Variant(ahead=step.AHEAD | {"in": ("gains", "cache", "out")}, early=False),
-    "before": Variant(
-        launches={
-            "in": _WIDE_LOADS | {"num_warps": 8},
-            "out": _WIDE_LOADS,
-            "gate": _WIDE_LOADS | {"block_n": 16},
-            "down": _WIDE_LOADS,
-        }
-    ),
     "vector_8": Variant(launches={name: {"vector": 8} for name in PRODUCTS}),
-    "vector_2": Variant(launches={name: {"vector": 2} for name in PRODUCTS}),
-    "gate_16": Variant(launches={"gate": {"block_n": 16}}),
-    "in_8_warps": Variant(launches={"in": {"num_warps": 8}}),
-    "16_warps": Variant(launches={name: {"num_warps": 16} for name in PRODUCTS}),
+    "vector_4": Variant(launches={name: {"vector": 4} for name in PRODUCTS}),
+    "narrow": Variant(launches={"in": {"block_n": 16}, "gate": {"block_n": 16, "num_warps": 8}}),
+    "splits_8": Variant(launches={name: {"splits": 8} for name in ("out", "down")}),
     "8_warps": Variant(launches={name: {"num_warps": 8} for name in ("out", "gate", "down")}),
 }
 

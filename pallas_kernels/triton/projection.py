@@ -107,16 +107,15 @@ def _launch(rows: int, weights, gated: bool, residual: bool) -> Launch:
     matrices = 2 if gated else 1
     # As many shares as fill the device: what comes next adds them up.
     splits = min(4, pl.next_power_of_2(pl.cdiv(128 * 32, columns))) if residual else 1
-    block_k = max(16, min(256, pl.next_power_of_2(pl.cdiv(depth, 4 * splits))))
-    held = Launch(32, block_k, 4, 1, 4 if gated else 8, splits)
-    weights_of_column = matrices * held.share(depth)
-    if 32 * weights_of_column > MAX_HELD:
-        held = held._replace(block_n=16)
-    if rows > 1 or 16 * weights_of_column > MAX_HELD:
+    share = pl.cdiv(depth, splits)
+    block_n = 32 if 32 * matrices * share <= MAX_HELD else 16
+    if rows > 1 or block_n * matrices * share > MAX_HELD:
         return Launch(32 if columns >= 128 * 32 else 16, 128, 4, 4)
     # As few warps as can hold them: each takes part in the sums and has its registers, by which a wave is one wave.
-    num_warps = min(16, max(4, pl.next_power_of_2(held.block_n * weights_of_column // HELD_BY_WARP)))
-    return held._replace(num_warps=num_warps)
+    num_warps = min(16, max(4, pl.next_power_of_2(block_n * matrices * share // HELD_BY_WARP)))
+    # A thread adds its weights of all tiles to the sums of one, here 32, and then those.
+    block_k = max(16, min(pl.next_power_of_2(share), 1024 * num_warps // block_n))
+    return Launch(block_n, block_k, num_warps, 1, 4 if gated else 8, splits)
 
 
 def _kernel(
