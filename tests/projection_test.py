@@ -71,9 +71,12 @@ def test_long_products_leave_the_registers():
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
-def test_shares_are_added_by_the_next_product(dtype, tolerance):
-    """Three shares of rows that they do not divide; the stream that comes back is the one with the product added."""
-    x, gain, hidden, down, *weights = normal(3, (1, 40), (40,), (1, 100), (100, 40), (40, 24), (40, 56), dtype=dtype)
+@pytest.mark.parametrize("depth", [64, 100])
+def test_shares_are_added_by_the_next_product(depth, dtype, tolerance):
+    """Three shares that rows do not fill, one of them empty; the stream comes back with the product added."""
+    x, gain, hidden, down, *weights = normal(
+        3, (1, 40), (40,), (1, depth), (depth, 40), (40, 24), (40, 56), dtype=dtype
+    )
     call = lambda h, w, r: project(Stream(h), [w], residual=r, launch=Launch(16, 32, 4, 1, 8, 3))
     (stream,) = jax.jit(call)(hidden, down, x)
     assert stream.parts.shape == (3, 40)

@@ -295,7 +295,7 @@ def _kernel(
         half, tokens, heads, columns, inside = rows.spread(q_ref.shape[3], of_row, *rows.read(of_row, kv))
         is_query = lax.broadcast_in_dim(both < 8, half.shape, (0,))
         loaded = read(tokens, heads, columns, inside & is_query, inside & ~is_query)
-        scores, sums = lambda k: _unstack(dot(sum(each[1:], each[0]), k)), _sums
+        scores, sums = lambda k: _unstack(dot(each[0], k)), _sums
         add = lambda o, p, v: _unstack(_stack(*o) + dot(_stack(*p).astype(v.dtype), v))
     else:
         _, tokens, heads, columns, inside = rows.spread(q_ref.shape[3], row, token, head)
@@ -309,6 +309,8 @@ def _kernel(
         length = jnp.minimum(offset, num_keys)  # what the cache holds: the new key is at hand
         new = _New.read(k_ref, fresh, pages_ref, b, kv, is_new=mask.lengths[b] > offset, offset=offset)
     each = [give() for give in loaded]
+    if rows.size == 8:
+        each = [functools.reduce(jnp.add, each)]
     sight = {"offset": offset, "length": length, "is_causal": True, "window": mask.window}
     first_token, _ = _divmod(block * rows.size, rows.group)
     num_tokens = num_queries if rows.blocks == 1 else pl.cdiv(rows.size, rows.group) + 1

@@ -186,11 +186,11 @@ def _padded_rows(x_ref) -> int:
     return max(16, pl.next_power_of_2(x_ref.shape[0]))
 
 
-def _inside(ref, row, column, shape: tuple[int, int]):
-    """Bool tile of what exists of `ref` at (row, column), or None where all does."""
+def _inside(ref, row, column, shape: tuple[int, int], past: bool = False):
+    """Bool tile of what exists of `ref` at (row, column), or None where all does; `past`: a tile may begin past it."""
     starts, mask = (row, column), None
     for axis in (0, 1):
-        if ref.shape[axis] % shape[axis]:
+        if ref.shape[axis] % shape[axis] or (past and axis == 0):
             index = starts[axis] + lax.broadcasted_iota(jnp.int32, shape, axis)
             mask = index < ref.shape[axis] if mask is None else mask & (index < ref.shape[axis])
     return mask
@@ -200,9 +200,9 @@ def _tile(ref, row, column, shape: tuple[int, int]):
     return ref.at[pl.ds(row, shape[0]), pl.ds(column, shape[1])]
 
 
-def _load(ref, row, column, shape: tuple[int, int]):
+def _load(ref, row, column, shape: tuple[int, int], past: bool = False):
     """A tile of `ref`, zero where there is nothing."""
-    mask = _inside(ref, row, column, shape)
+    mask = _inside(ref, row, column, shape, past)
     return plt.load(_tile(ref, row, column, shape), mask=mask, other=None if mask is None else 0.0)
 
 
@@ -216,8 +216,8 @@ def _held(refs, program, split, column, launch: Launch) -> list[list[jax.Array]]
     share = launch.share(depth)
     # Triton's loads are as wide as the alignment that it can prove; it cannot prove that this adds nothing.
     start = column + launch.vector * lax.div(program, 1 << 30)
-    first, shape = split * share, (launch.block_k, launch.block_n)
-    return [[_load(w, first + k, start, shape) for k in range(0, share, launch.block_k)] for w in refs]
+    first, shape, past = split * share, (launch.block_k, launch.block_n), launch.splits * share > depth
+    return [[_load(w, first + k, start, shape, past) for k in range(0, share, launch.block_k)] for w in refs]
 
 
 def _one_row(
