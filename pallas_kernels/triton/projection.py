@@ -234,15 +234,18 @@ def _one_row(
 
     xs = [vector(stream.x, k) for k in starts]
     gains = [] if gain_ref is None else [vector(gain_ref, k) for k in starts]
+    parts = []
     if stream.parts is not None:
         parts = [sum(vector(stream.parts, k, s) for s in range(stream.parts.shape[0])) for k in starts]
+    if prefetch:
+        zero = prefetch().astype(jnp.float32)  # of use to the compiler alone, which would drop the prefetch
+    if parts:
         xs = [(x + part.astype(dtype).astype(jnp.float32)).astype(dtype) for x, part in zip(xs, parts, strict=True)]
         for k, x in zip(starts, xs, strict=True):
             index = k + jnp.arange(launch.block_k)
             plt.store(whole_ref.at[0, index], x, mask=(index < depth) & (program == 0))
         xs = [x.astype(jnp.float32) for x in xs]
     if prefetch:
-        zero = prefetch().astype(jnp.float32)  # of use to the compiler alone, which would drop the prefetch
         xs = [common.release_next(x + zero) for x in xs]
     if gains:
         inverse = _inverse_rms(jnp.sum(sum(x * x for x in xs)), stream.x, epsilon)
