@@ -9,6 +9,7 @@ import csv
 import functools
 import io
 import json
+import math
 import pathlib
 import shutil
 import subprocess
@@ -19,7 +20,6 @@ TENSOR, BYTES, TIME = "sm__ops_path_tensor_src_bf16_dst_fp32.sum", "dram__bytes_
 FP32 = {f"smsp__sass_thread_inst_executed_op_{op}_pred_on.sum": n for op, n in (("fadd", 1), ("fmul", 1), ("ffma", 2))}
 NAMES = ("Parallax", "softmax", "cuDNN")
 OURS, THEIRS = "parallax_decode", "cudnn|sdpa|fmha"  # in the names of kernels
-BANDWIDTH, PEAK = 4.6e12, 989e12  # of an H200: bytes/s of a read-only pass as measured, bfloat16 FLOP/s as specified
 
 
 def shapes() -> list:
@@ -69,16 +69,16 @@ def rows(log: str, shapes: list) -> list[dict]:
     return found
 
 
-def draw(found: list[dict], path: pathlib.Path) -> None:
-    """The roofline with a point for each row."""
+def draw(found: list[dict], bandwidth: float, peak: float | None, path: pathlib.Path) -> None:
+    """The roofline, bytes/s and, where it is known, FLOP/s, with a point for each row."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(5, 3.6), layout="constrained")
-    intensity = [0.5, PEAK / BANDWIDTH, 1000]
-    axis.loglog(intensity, [min(x * BANDWIDTH, PEAK) / 1e12 for x in intensity], color="black")
+    intensity = [0.5, peak / bandwidth if peak else 1000, 1000]
+    axis.loglog(intensity, [min(x * bandwidth, peak or math.inf) / 1e12 for x in intensity], color="black")
     for row in found:
         label = f"{row['name']}, {row['shape'].split(' heads')[0]}"
         marker = {"Parallax": "o", "softmax": "s", "cuDNN": "^"}[row["name"]]
@@ -112,8 +112,14 @@ def main() -> None:
         row["needed_flop"] = (8 if row["name"] == "Parallax" else 4) * shape.bytes // 4 * shape.heads // shape.kv_heads
         each = [f"{row[x] / row['bytes']:7.2f} {x}" for x in ("needed_flop", "tensor_flop", "flop")]
         print(f"{row['shape']} {row['name']:8} {row['bytes'] / 1e6:8.1f} MB {row['ns'] / 1e3:8.2f} us  a byte:", *each)
-    options.json.write_text(json.dumps(found, indent=1))
-    draw(found, options.figure)
+    import jax  # not before: the GPU was the other process's
+
+    from benchmarks import decode, train_step
+
+    device, bandwidth = jax.devices()[0].device_kind, decode.read_bandwidth()
+    record = {"device": device, "jax": jax.__version__, "read_bandwidth": bandwidth, "rows": found}
+    options.json.write_text(json.dumps(record, indent=1))
+    draw(found, bandwidth, train_step.peak_flops(device), options.figure)
 
 
 if __name__ == "__main__":

@@ -16,19 +16,23 @@ _COLORS |= {"Parallax, no RoPE on the probe": "tab:green"}
 _LINES = {"muon": "-", "adamw": "--"}
 
 
+def _mean_and_error(values) -> tuple[float, float]:
+    """Mean and standard error, NaN for one value."""
+    values = list(values)
+    return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+
+
 def _with_error(values, form: str = ".4f") -> str:
     """Mean ± standard error; of one value, itself."""
-    values = list(values)
-    mean = format(statistics.mean(values), form)
-    return f"{mean} ± {statistics.stdev(values) / len(values) ** 0.5:.4f}" if len(values) > 1 else f"{mean} (one seed)"
+    mean, error = _mean_and_error(values)
+    return f"{mean:{form}} ± {error:.4f}" if error == error else f"{mean:{form}} (one seed)"
 
 
 def _verdict(first: str, second: str, muon, adamw, difference) -> str:
     """Whether Muon opens a gap that AdamW does not; what is within two standard errors is not told apart."""
 
     def sign(values) -> int:
-        values = list(values)
-        mean, error = statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
+        mean, error = _mean_and_error(values)
         return (mean > 2 * error) - (mean < -2 * error)
 
     standing = {-1: "ahead", 0: "not told apart", 1: "behind"}

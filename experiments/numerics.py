@@ -1,8 +1,9 @@
-"""Rounding of the forward pass in its two forms: `python -m experiments.numerics`.
+"""Rounding of the forward pass in its three forms: `python -m experiments.numerics`.
 
-The plain form accumulates sum p v and sum p t v and subtracts at the end; the project's form (`tiles.update`) keeps the
-second sum relative to the running mean of t. Prints the relative Frobenius error of the output in bfloat16, the inputs
-taken as exact, for inputs on which the subtracted terms grow.
+All accumulate sum p (t - centre) v and take sum p (t - centre) times v_mean off it at the end: plain sums have a centre
+of 0, a fixed centre is the mean of t over the first tile, and the streaming form (`tiles.update`) has the running mean.
+Prints the relative Frobenius error of the output in bfloat16, the inputs taken as exact, for inputs on which the
+subtracted terms grow.
 """
 
 import jax.numpy as jnp
@@ -26,42 +27,40 @@ def inputs(case: str, rng: np.random.Generator) -> list[np.ndarray]:
     return [query, probe, key, value]
 
 
-def plain_update(state: tiles.State, s1, s2, c, visible, times_value) -> tiles.State:
-    """`tiles.update` with plain sums; `t_mean` holds sum p t until the end."""
-    m, a, p = tiles.softmax_weights(state.m, s1, c, visible)
-    d1, d2 = (a * d + jnp.sum(x, axis=-1) for d, x in ((state.d1, p), (state.t_mean, p * s2)))
-    o1, o2 = (a[:, None] * o + times_value(x) for o, x in ((state.o1, p), (state.o2, p * s2)))
-    return tiles.State(m, d1, d2, o1, o2)
-
-
-def output(operands, update) -> jnp.ndarray:
+def output(operands, form: str) -> jnp.ndarray:
     """Causal forward pass of one head, tile by tile, with products in the operands' dtype."""
     query, probe, key, value = operands
     dot = lambda x, y: jnp.dot(x, y, preferred_element_type=jnp.float32)
-    state = tiles.initial_state((TOKENS,), HEAD_DIM)
+    state, centre, c = tiles.initial_state((TOKENS,), HEAD_DIM), None, HEAD_DIM**-0.5 * tiles.LOG2_E
     for start in range(0, TOKENS, BLOCK):
         k, v = key[start : start + BLOCK], value[start : start + BLOCK]
-        visible = start + np.arange(BLOCK) <= np.arange(TOKENS)[:, None]
+        visible = jnp.asarray(start + np.arange(BLOCK) <= np.arange(TOKENS)[:, None])
         times_value = lambda p, v=v: dot(p.astype(v.dtype), v)
-        c = HEAD_DIM**-0.5 * tiles.LOG2_E
-        state = update(state, dot(query, k.T), dot(probe, k.T), c, jnp.asarray(visible), times_value)
-    if update is plain_update:
-        mean = state.t_mean / state.d1
-        return (state.o1 * (1 + mean)[:, None] - state.o2) / state.d1[:, None]
+        s1, s2 = dot(query, k.T), dot(probe, k.T)
+        if form == "streaming":
+            state = tiles.update(state, s1, s2, c, visible, times_value)
+            continue
+        m, a, p = tiles.softmax_weights(state.m, s1, c, visible)
+        if centre is None:
+            centre = (form == "fixed centre") * jnp.sum(p * s2, axis=-1) / jnp.sum(p, axis=-1)
+        p2 = p * (s2 - centre[:, None])
+        d1, d2 = (a * d + jnp.sum(x, axis=-1) for d, x in ((state.d1, p), (state.t_mean, p2)))
+        o1, o2 = (a[:, None] * o + times_value(x) for o, x in ((state.o1, p), (state.o2, p2)))
+        state = tiles.State(m, d1, d2, o1, o2)  # d2 in t_mean's place until the end
+    if form != "streaming":
+        state = tiles.from_fixed_centre(*state, centre)
     return tiles.finish(state)[0]
 
 
 def main() -> None:
     rng = np.random.default_rng(0)
-    print(f"{'inputs':<28}{'plain':>10}{'streaming':>11}")
+    forms = "plain", "fixed centre", "streaming"
+    print(f"{'inputs':<28}" + "".join(f"{form:>14}" for form in forms))
     for case in ("standard normal", "shared offset of the keys", "dominant keys", "attention sink"):
         operands = [jnp.asarray(x, jnp.bfloat16) for x in inputs(case, rng)]
         expected = parallax_reference(*(x[None, :, None].astype(jnp.float32) for x in operands))[0, :, 0]
-        errors = (
-            compare.relative_error(output(operands, update).astype(jnp.bfloat16), expected)
-            for update in (plain_update, tiles.update)
-        )
-        print(f"{case:<28}" + "".join(f"{error:>10.1e} " for error in errors))
+        errors = (compare.relative_error(output(operands, x).astype(jnp.bfloat16), expected) for x in forms)
+        print(f"{case:<28}" + "".join(f"{error:>14.1e}" for error in errors))
 
 
 if __name__ == "__main__":

@@ -123,8 +123,8 @@ class _TritonDecode:
         if programs <= 128 and num_keys * width <= DECODE_AT_ONCE:
             block_k = min(128, DECODE_AT_ONCE // width)
             return cls(block_k, 1, 4, 2 if num_keys <= block_k else 3)
-        if 64 < programs <= 128 and num_keys * width <= 2 * DECODE_AT_ONCE:
-            return cls(8192 // width, 1, 4, 3)
+        if 64 < programs <= 128 and num_keys <= 512 and width == 64:  # a merge would still take longer
+            return cls(128, 1, 4, 3)
         if splits == 1 and width <= 128:
             long = num_keys >= DECODE_LONG
             if long and width == 64 and programs > 512:  # enough programs a core without a second warp

@@ -249,8 +249,25 @@ def _gradients(query, probe, key, value, dout, stats, masks, *, scale, stages, i
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         def load():
-            refs = q_ref, r_ref, do_ref, stat_ref, k_ref, v_ref
-            common.load_keys_and_rows(s, refs, batch_index, kv_head, key, num_steps(), row_tile, stages)
+            """Copies the keys and values, then each step's tiles of rows as slots of the ring become free."""
+
+            def load_rows(step, _):
+                slot = common.ring_slot(step, stages)
+                head, row_block = row_tile(step)
+                rows = pl.ds(row_block * BLOCK, BLOCK)
+                pl.when(step >= stages)(lambda: plgpu.barrier_wait(s.ring["free"].at[slot]))
+                ready = s.ring["ready"].at[slot]
+                for src, dst in zip((q_ref, r_ref, do_ref), (s.q, s.r, s.do), strict=True):
+                    plgpu.copy_gmem_to_smem(src.at[batch_index, rows, head], dst.at[slot], ready)
+                plgpu.copy_gmem_to_smem(stat_ref.at[batch_index, head, :, rows], s.stat.at[slot], ready)
+
+            for i in range(GROUPS):
+                keys = pl.ds(key + i * BLOCK, BLOCK)
+                for src, dst in ((k_ref, s.k), (v_ref, s.v)):
+                    plgpu.copy_gmem_to_smem(src.at[batch_index, keys, kv_head], dst.at[i], s.keys_ready.at[i])
+            steps = num_steps()
+            lax.fori_loop(0, steps, load_rows, None)
+            common.drain(s.ring["free"], steps, stages)
 
         def write(kind):
             """Adds to dquery or dprobe in memory, always in the order of the key blocks: nothing is left to chance.

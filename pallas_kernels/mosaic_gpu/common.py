@@ -68,39 +68,6 @@ def drain(free, steps, stages: int) -> None:
     lax.fori_loop(jnp.maximum(steps - stages, 0), steps, wait, None)
 
 
-def load_keys_and_rows(s, refs, batch, kv_head, key, num_steps, row_tile, stages: int) -> None:
-    """Copies a program's keys and values, then the tiles of rows of every step as slots of the ring become free.
-
-    Args:
-      s: the kernel's scratch: k, v, keys_ready; q, r, do, stat, ring.
-      refs: arrays in memory: query, probe, gradient of the output, row statistics, key, value.
-      batch: sequence.
-      kv_head: head of the keys.
-      key: first of the program's keys.
-      num_steps: of the program.
-      row_tile: (query head, row block) of a step.
-      stages: slots of the ring.
-    """
-    *row_refs, stat_ref, k_ref, v_ref = refs
-
-    def load_rows(step, _):
-        slot = ring_slot(step, stages)
-        head, row_block = row_tile(step)
-        rows = pl.ds(row_block * BLOCK, BLOCK)
-        pl.when(step >= stages)(lambda: plgpu.barrier_wait(s.ring["free"].at[slot]))
-        ready = s.ring["ready"].at[slot]
-        for src, dst in zip(row_refs, (s.q, s.r, s.do), strict=True):
-            plgpu.copy_gmem_to_smem(src.at[batch, rows, head], dst.at[slot], ready)
-        plgpu.copy_gmem_to_smem(stat_ref.at[batch, head, :, rows], s.stat.at[slot], ready)
-
-    for i in range(GROUPS):
-        keys = pl.ds(key + i * BLOCK, BLOCK)
-        for src, dst in ((k_ref, s.k), (v_ref, s.v)):
-            plgpu.copy_gmem_to_smem(src.at[batch, keys, kv_head], dst.at[i], s.keys_ready.at[i])
-    lax.fori_loop(0, num_steps, load_rows, None)
-    drain(s.ring["free"], num_steps, stages)
-
-
 class Turns:
     """The two warpgroups' turns on the tensor cores, strictly one after the other."""
 

@@ -12,7 +12,7 @@ from benchmarks.decode import Shape
 def test_swept_launches_fit_one_wave(shape):
     """132 cores with 227 KiB of shared memory each, of which a program takes one more KiB than it asks for."""
     launches = decode.launches(shape, 132)
-    assert len(launches) == len(set(launches)) >= 8
+    assert len(launches) == len(set(launches)) >= 10
     for launch in launches:
         a_core = math.ceil(shape.batch * shape.kv_heads * launch.num_splits / 132)
         tiles = 2 * shape.head_dim * 2 * launch.block_k * (launch.num_stages - 1)

@@ -28,8 +28,9 @@ def test_counters_are_summed_over_a_calls_kernels(tmp_path):
     assert [row["tensor_flop"] for row in found] == [4000, 4000, 2000]
     assert found[0]["flop"] == 4000 + 11 + 2 + 2 * 3
     assert [row["ns"] for row in found] == [22, 20, 32]
-    roofline.draw(found, tmp_path / "figure.png")
-    assert (tmp_path / "figure.png").stat().st_size > 1000
+    for peak in (989e12, None):
+        roofline.draw(found, 4.6e12, peak, tmp_path / f"{peak}.png")
+        assert (tmp_path / f"{peak}.png").stat().st_size > 1000
 
 
 def test_a_missing_call_is_an_error():
