@@ -115,7 +115,7 @@ def _launch(rows: int, weights, gated: bool, residual: bool) -> Launch:
     num_warps = min(16, max(4, pl.next_power_of_2(block_n * matrices * share // HELD_BY_WARP)))
     # A thread adds its weights of all tiles to the sums of one, here 32, and then those.
     block_k = max(16, min(pl.next_power_of_2(share), 1024 * num_warps // block_n))
-    return Launch(block_n, block_k, num_warps, 1, 4 if gated else 8, splits)
+    return Launch(block_n, block_k, num_warps, 1, splits=splits)
 
 
 def _kernel(
@@ -149,7 +149,7 @@ def _kernel(
         shape = (x_ref.shape[0] if in_registers else _padded_rows(x_ref), launch.block_n)
         extra = None if residual_ref is None or launch.splits > 1 else _load(residual_ref, zero, column, shape)
         if in_registers:
-            held = _held(refs, program, split, column, launch)
+            held = _held(refs, program, split, column, x_ref.dtype, launch)
             products = _one_row(stream, gain_ref, held, split, program, whole_ref, epsilon, launch, prefetch, interpret)
         else:
             products = _rows(x_ref, gain_ref, refs, zero, column, epsilon, launch, prefetch)
@@ -167,7 +167,7 @@ def _kernel(
         columns = [(program - first) * launch.block_n for first in blocks]
 
         def read(i):
-            load = lambda: _held(groups[i], program, split, columns[i], launch)
+            load = lambda: _held(groups[i], program, split, columns[i], x_ref.dtype, launch)
             return load() if i == len(groups) - 1 else lax.cond(here(i), load, lambda: read(i + 1))
 
         held = read(0)
@@ -210,14 +210,15 @@ def _inverse_rms(square_sum, x_ref, epsilon):
     return lax.rsqrt(square_sum / x_ref.shape[1] + epsilon)
 
 
-def _held(refs, program, split, column, launch: Launch) -> list[list[jax.Array]]:
+def _held(refs, program, split, column, dtype, launch: Launch) -> list[list[jax.Array]]:
     """A program's share of each weight, tile by tile along the rows."""
     depth = refs[0].shape[0]
     share = launch.share(depth)
     # Triton's loads are as wide as the alignment that it can prove; it cannot prove that this adds nothing.
     start = column + launch.vector * lax.div(program, 1 << 30)
     first, shape, past = split * share, (launch.block_k, launch.block_n), launch.splits * share > depth
-    return [[_load(w, first + k, start, shape, past) for k in range(0, share, launch.block_k)] for w in refs]
+    tile = lambda w, k: _load(w, first + k, start, shape, past).astype(dtype)
+    return [[tile(w, k) for k in range(0, share, launch.block_k)] for w in refs]
 
 
 def _one_row(
@@ -254,7 +255,7 @@ def _one_row(
     def product(tiles):
         total = jnp.zeros(tiles[0].shape, jnp.float32)
         for tile, x in zip(tiles, xs, strict=True):
-            total = _fma(tile.astype(dtype), x, total, interpret)
+            total = _fma(tile, x, total, interpret)
         return jnp.sum(total, axis=0)[None]  # the threads of a program meet once
 
     return [product(tiles) for tiles in held]
