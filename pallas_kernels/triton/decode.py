@@ -1,4 +1,4 @@
-"""Decode: a few new tokens against a long cache. Split-KV programs, then a merge of their states (`tiles.merge`).
+"""Decode: a few new tokens against a long cache. Split-KV programs, then a merge (`tiles.merged_output`).
 
 Time is the reading of keys and values, once: all query rows of a kv head's group share each tile, with their probes.
 Every program takes an equal share of the keys that its own sequence has, so ragged lengths stay balanced.
@@ -9,7 +9,7 @@ value, attends, and the last program of a head to finish merges the splits, alwa
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -71,10 +71,23 @@ def decode(query, probe, key, value, mask: blocks.Mask, page_table, *, scale, bl
         return _prefill(query, probe, key, value, mask, page_table, scale=scale)
     config = block_sizes or TritonDecodeBlockSizes.heuristic(query, key, value, mask, page_table)
     call = functools.partial(_decode, scale=scale, config=config)
-    return device.run(call, query, probe, key, value, None, mask, page_table, None)
+    return device.run(call, query, probe, key, value, None, mask, page_table, None, ())
 
 
-def append(query, probe, key, value, counters, mask: blocks.Mask, page_table, fresh: Fresh, *, scale, block_sizes=None):
+def append(
+    query,
+    probe,
+    key,
+    value,
+    counters,
+    mask: blocks.Mask,
+    page_table,
+    fresh: Fresh,
+    *,
+    scale,
+    ahead: Sequence[jax.Array] = (),
+    block_sizes=None,
+):
     """Writes each sequence's new token to its cache and attends from it.
 
     Args:
@@ -88,6 +101,7 @@ def append(query, probe, key, value, counters, mask: blocks.Mask, page_table, fr
       page_table: as in `parallax_decode`.
       fresh: the new keys and values, and what is to be done to them.
       scale: factor on query . key.
+      ahead: what the kernels after this one read, which a Hopper GPU brings into its L2 cache when the cache is read.
       block_sizes: the launch; None for the default.
 
     Returns:
@@ -98,7 +112,7 @@ def append(query, probe, key, value, counters, mask: blocks.Mask, page_table, fr
         # Two warps have no registers for new rows beside a long tile.
         config = dataclasses.replace(config, num_warps=max(4, config.num_warps))
     call = functools.partial(_decode, scale=scale, config=config)
-    return device.run(call, query, probe, key, value, counters, mask, page_table, fresh)
+    return device.run(call, query, probe, key, value, counters, mask, page_table, fresh, tuple(ahead))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,7 +275,20 @@ class _New:
 
 
 def _kernel(
-    q_ref, r_ref, k_ref, v_ref, counters, mask, pages_ref, fresh, *out_refs, config, scale, rows: _Rows, interpret: bool
+    q_ref,
+    r_ref,
+    k_ref,
+    v_ref,
+    counters,
+    mask,
+    pages_ref,
+    fresh,
+    ahead_refs,
+    *out_refs,
+    config,
+    scale,
+    rows: _Rows,
+    prefetch: Callable | None,
 ):
     num_queries = q_ref.shape[1]
     num_pages, page_size, num_kv_heads, value_dim = v_ref.shape
@@ -374,19 +401,23 @@ def _kernel(
     state = tiles.initial_state((rows.size,), common.padded(value_dim))
     if r_ref is None:
         state = state._replace(t_mean=None, o2=None)
-    if fresh is not None and not interpret:
-        state = state._replace(m=common.release_next(state.m))
     first = b if pages_ref is None else page_of(place(start))
     _, state = lax.fori_loop(start, stop, step, (first, state))
     if fresh is not None:
-        # The last split has the fewest keys.
-        is_last = split == config.num_splits - 1
+        is_last = split == config.num_splits - 1  # it has the fewest keys
         only = lax.broadcasted_iota(jnp.int32, (rows.size, 16), 1) == 0
-        new_key = new.turn()
-        state = absorb(state, new.tile(new_key).T, new.tile(new.value), only & new.is_new & is_last)
         out_ref, key_out, value_out, *rest = out_refs
-        new.store(key_out, value_out, new_key, kv, is_last & (block == 0))
         counters, out_refs = rest or (None, out_refs)
+
+        def take(state):
+            new_key = new.turn()
+            new.store(key_out, value_out, new_key, kv, block == 0)
+            return absorb(state, new.tile(new_key).T, new.tile(new.value), only & new.is_new)
+
+        state = take(state) if config.num_splits == 1 else lax.cond(is_last, take, lambda state: state, state)
+        if prefetch is not None:
+            # Not before: the next kernel's programs would crowd where the first of these end.
+            state = state._replace(m=common.release_next(state.m + prefetch(ahead_refs).astype(jnp.float32)))
 
     rows_v, tokens, heads, columns, inside = rows.spread(value_dim, row, token, head)
     if config.num_splits == 1:
@@ -400,7 +431,7 @@ def _kernel(
             plt.store(ref.at[b, kv, rows_v, split, columns], x, mask=inside)
     if fresh is None:
         return
-    if not interpret:
+    if prefetch is not None:
         plt.debug_barrier()  # the program's states are written before one of its threads says so
     arrived = plt.atomic_add(counters, (program * rows.blocks + block,), jnp.int32(1))
 
@@ -408,7 +439,8 @@ def _kernel(
     def _():
         count = min(rows.size, pl.next_power_of_2(rows.total))
         width = common.padded(value_dim)
-        size = min(count, max(1, MERGED * config.num_warps // (config.num_splits * width)))
+        # Few rows at once, each of which is code of its own.
+        size = min(count, 4, max(1, MERGED * config.num_warps // (config.num_splits * width)))
         states, first = tiles.State(*out_refs), block * rows.size
         merge = lambda i, _: _merge(states, out_ref, b, kv, first + i * size, size, rows, 0, width)
         lax.fori_loop(0, count // size, merge, None)
@@ -426,23 +458,23 @@ def _merge_kernel(state_refs: tiles.State, out_ref, *, rows: _Rows, width: int):
 def _merge(state_refs: tiles.State, out_ref, b, kv, first, size: int, rows: _Rows, first_column, width: int) -> None:
     """Merges the splits' states of `size` rows and `width` columns from the first of each on; writes their output."""
     num_splits, value_dim = state_refs.o1.shape[3:]
-    shape = (num_splits, size, width)
-    split, row, column = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in range(3))
-    inside = (first + row < rows.total) & (first_column + column < value_dim)
+    split = jnp.arange(num_splits)
+    shape = (num_splits, width)
+    splits, column = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in range(2))
+    column += first_column
 
-    def load(ref):
-        if ref.ndim == 5:
-            at = ref.at[b, kv, first + row, split, first_column + column]
-            return plt.load(at, mask=inside, other=0.0)
-        split_, row_ = (lax.broadcasted_iota(jnp.int32, shape[:2], axis) for axis in range(2))
-        return plt.load(ref.at[b, kv, first + row_, split_], mask=first + row_ < rows.total, other=0.0)
+    def load(ref, row):
+        if ref.ndim == 4:
+            return plt.load(ref.at[b, kv, row, split], mask=split * 0 + row < rows.total, other=0.0)
+        return plt.load(ref.at[b, kv, row, splits, column], mask=(row < rows.total) & (column < value_dim), other=0.0)
 
-    out, *_ = tiles.finish(tiles.merge(jax.tree.map(load, state_refs)))
-    row, column = (lax.broadcasted_iota(jnp.int32, shape[1:], axis) for axis in range(2))
-    row, column = first + row, first_column + column
-    token, head = rows.read(row, kv)
-    inside = (row < rows.total) & (column < value_dim)
-    plt.store(out_ref.at[b, token, head, column], out.astype(out_ref.dtype), mask=inside)
+    numbers = [first + i for i in range(size)]
+    loaded = [jax.tree.map(functools.partial(load, row=row), state_refs) for row in numbers]  # all before the first sum
+    column = first_column + jnp.arange(width)
+    for row, states in zip(numbers, loaded, strict=True):
+        token, head = rows.read(row, kv)
+        out = tiles.merged_output(states).astype(out_ref.dtype)
+        plt.store(out_ref.at[b, token, head, column], out, mask=(row < rows.total) & (column < value_dim))
 
 
 def _decode(
@@ -454,6 +486,7 @@ def _decode(
     mask,
     page_table,
     fresh: Fresh | None,
+    ahead: tuple[jax.Array, ...],
     *,
     scale,
     config: TritonDecodeBlockSizes,
@@ -475,15 +508,21 @@ def _decode(
         aliases = {first + i: 1 + i for i in range(len(inputs))}
         shapes = (out, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs))
         shapes += () if config.num_splits == 1 else (states,)
+    grid = common.grid_size(batch, num_kv_heads, rows.blocks, config.num_splits)
+    operands = query, probe, key, value, counters, mask, page_table, fresh
+    prefetch = None
+    if not interpret:
+        prefetch = functools.partial(common.prefetch, sizes=[x.nbytes for x in ahead], programs=grid[0])
     results = pl.pallas_call(
-        functools.partial(_kernel, config=config, scale=scale, rows=rows, interpret=interpret),
+        functools.partial(_kernel, config=config, scale=scale, rows=rows, prefetch=prefetch),
         out_shape=shapes,
-        grid=common.grid_size(batch, num_kv_heads, rows.blocks, config.num_splits),
+        grid=grid,
+        in_specs=(*jax.tree.map(lambda _: pl.BlockSpec(), operands), common.first_elements(ahead)),
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         input_output_aliases=aliases,
         interpret=interpret,
         name="parallax_decode",
-    )(query, probe, key, value, counters, mask, page_table, fresh)
+    )(*operands, ahead)
     if fresh is not None:
         return *results[:3], counters if config.num_splits == 1 else results[3]
     if config.num_splits == 1:
