@@ -149,12 +149,20 @@ DECODE_ROW_BYTES = 16384  # of queries that a program holds; larger groups are c
 DECODE_AT_ONCE = 16384  # keys times columns that a program has in flight at once
 DECODE_LONG = 4096  # keys from which on programs that read whole sequences begin at different tiles
 DECODE_TURN = 37  # tiles by which the start of a program lies behind that of the one before
-DECODE_MERGED_COLUMNS = 512  # columns times splits that a program of the merge kernel merges
 
 
 def _decode_width(key, value) -> int:
     """Columns of the wider tile, powers of two."""
     return max(16, 1 << (max(key.shape[3], value.shape[3]) - 1).bit_length())
+
+
+def decode_merge(num_splits: int, width: int) -> tuple[int, int]:
+    """(columns, warps) of a program that merges the splits of one row of `width` columns, a power of two.
+
+    What a thread does one after the other is most of its time: few columns and many warps, so that all loads are at
+    once and sums over splits are of few elements in a thread.
+    """
+    return (width, 1) if num_splits == 2 else (min(width, 32), min(8, num_splits))
 
 
 def decode_rows(query, key, value) -> tuple[int, int]:

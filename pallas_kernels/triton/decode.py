@@ -1,4 +1,4 @@
-"""Decode: a few new tokens against a long cache. Split-KV programs, then a merge of their states (`tiles.merge`).
+"""Decode: a few new tokens against a long cache. Split-KV programs, then a merge of their states.
 
 Time is the reading of keys and values, once: all query rows of a kv head's group share each tile, with their probes.
 Every program takes an equal share of the keys that its own sequence has, so ragged lengths stay balanced.
@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import blocks, device, tiles, triton
-from pallas_kernels.block_sizes import DECODE_MERGED_COLUMNS, DECODE_TURN, TritonDecodeBlockSizes, decode_rows
+from pallas_kernels.block_sizes import DECODE_TURN, TritonDecodeBlockSizes, decode_merge, decode_rows
 from pallas_kernels.triton import common
 
 MAX_QUERIES = 16  # more new tokens than this are a prefill: the forward kernel's work
@@ -388,12 +388,16 @@ def _kernel(
 
     @pl.when(arrived == config.num_splits - 1)
     def _():
-        count = min(rows.size, pl.next_power_of_2(rows.total))
         width = common.padded(value_dim)
-        size = min(count, max(1, MERGED // (config.num_splits * width)))
-        states, first = tiles.State(*out_refs), block * rows.size
-        merge = lambda i, _: _merge(states, out_ref, b, kv, first + i * size, size, rows, 0, width)
-        lax.fori_loop(0, count // size, merge, None)
+        # As many rows side by side as registers hold.
+        at_once = min(rows.size, pl.next_power_of_2(rows.total), max(1, MERGED // (config.num_splits * width)))
+
+        def merge(i, _):
+            for j in range(at_once):
+                row = block * rows.size + i * at_once + j
+                _merge(tiles.State(*out_refs), out_ref, b, kv, row, rows, 0, width)
+
+        lax.fori_loop(0, pl.cdiv(min(rows.size, rows.total), at_once), merge, None)
         counters[program * rows.blocks + block] = 0  # for the next layer
 
 
@@ -402,27 +406,27 @@ def _merge_kernel(state_refs: tiles.State, out_ref, *, rows: _Rows, width: int):
     program, column = _divmod(pl.program_id(0), columns)
     program, row = _divmod(program, rows.total)
     b, kv = _divmod(program, state_refs.o1.shape[1])
-    _merge(state_refs, out_ref, b, kv, row, 1, rows, column * width, width)
+    _merge(state_refs, out_ref, b, kv, row, rows, column * width, width)
 
 
-def _merge(state_refs: tiles.State, out_ref, b, kv, first, size: int, rows: _Rows, first_column, width: int) -> None:
-    """Merges the splits' states of `size` rows and `width` columns from the first of each on; writes their output."""
+def _merge(state_refs: tiles.State, out_ref, b, kv, row, rows: _Rows, first_column, width: int) -> None:
+    """Merges the splits' states of one row, `width` columns from the first on, and writes their output.
+
+    Tiles of two axes alone: a third, of rows, costs moves between layouts that take longer than the sums.
+    """
     num_splits, value_dim = state_refs.o1.shape[3:]
-    shape = (num_splits, size, width)
-    split, row, column = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in range(3))
-    inside = (first + row < rows.total) & (first_column + column < value_dim)
+    split, column = (lax.broadcasted_iota(jnp.int32, (num_splits, width), axis) for axis in range(2))
+    inside = (row < rows.total) & (first_column + column < value_dim)
 
     def load(ref):
         if ref.ndim == 5:
-            at = ref.at[b, kv, first + row, split, first_column + column]
-            return plt.load(at, mask=inside, other=0.0)
-        split_, row_ = (lax.broadcasted_iota(jnp.int32, shape[:2], axis) for axis in range(2))
-        return plt.load(ref.at[b, kv, first + row_, split_], mask=first + row_ < rows.total, other=0.0)
+            return plt.load(ref.at[b, kv, row, split, first_column + column], mask=inside, other=0.0)
+        split_ = jnp.arange(num_splits)
+        return plt.load(ref.at[b, kv, row + split_ * 0, split_], mask=row + split_ * 0 < rows.total, other=0.0)
 
-    out, *_ = tiles.finish(tiles.merge(jax.tree.map(load, state_refs)))
-    row, column = (lax.broadcasted_iota(jnp.int32, shape[1:], axis) for axis in range(2))
-    row, column = first + row, first_column + column
+    out = tiles.merged_output(jax.tree.map(load, state_refs))
     token, head = rows.read(row, kv)
+    column = first_column + jnp.arange(width)
     inside = (row < rows.total) & (column < value_dim)
     plt.store(out_ref.at[b, token, head, column], out.astype(out_ref.dtype), mask=inside)
 
@@ -470,13 +474,12 @@ def _decode(
         return *results[:3], counters if config.num_splits == 1 else results[3]
     if config.num_splits == 1:
         return results[0]
-    # One warp, which reduces over the splits within its threads; few columns, so that many programs load.
-    width = min(common.padded(value_dim), max(16, DECODE_MERGED_COLUMNS // config.num_splits))
+    width, num_warps = decode_merge(config.num_splits, common.padded(value_dim))
     return pl.pallas_call(
         functools.partial(_merge_kernel, rows=rows, width=width),
         out_shape=out,
         grid=common.grid_size(batch, num_kv_heads, rows.total, pl.cdiv(value_dim, width)),
-        compiler_params=plt.CompilerParams(num_warps=1, num_stages=1),
+        compiler_params=plt.CompilerParams(num_warps=num_warps, num_stages=1),
         interpret=interpret,
         name="parallax_decode_merge",
     )(results)

@@ -97,14 +97,16 @@ def weigh(state, s1, s2, visible, call: tl.constexpr):
 
 
 @triton.jit
-def merge(m, d1, t_mean, o1, o2):
-    """Merges states of one row over disjoint keys, stacked along axis 0."""
+def merged_output(m, d1, t_mean, o1, o2):
+    """`tiles.merged_output` of the states of one row."""
     m_all = tl.max(m, 0)
     a = tl.exp2(m - tl.where(m_all == float("-inf"), 0.0, m_all))
-    d1_all = tl.sum(a * d1, 0)
-    t_all = tl.sum(a * d1 * t_mean, 0) / nonzero(d1_all)
-    o2_all = tl.sum(a[:, None] * (o2 + (t_mean - t_all)[:, None] * o1), 0)
-    return m_all, d1_all, t_all, tl.sum(a[:, None] * o1, 0), o2_all
+    weight = a * d1
+    d1_all = tl.sum(weight, 0)
+    inverse = tl.where(d1_all == 0, 0.0, 1.0 / nonzero(d1_all))
+    share = a * inverse
+    own = share + share * (tl.sum(weight * t_mean, 0) * inverse - t_mean)
+    return tl.sum(own[:, None] * o1 - share[:, None] * o2, 0)
 
 
 @triton.jit
