@@ -155,9 +155,9 @@ def from_fixed_centre(
 def merged_output(states: State) -> jax.Array:
     """The output of rows from their states over disjoint keys, which are stacked along axis 0, in any order.
 
-    Merging is associative: m is the largest, and with a = 2^(m_i - m) the merged d1 is sum a d1_i, t_mean
-    sum a d1_i t_mean_i / d1, o1 sum a o1_i and o2 sum a (o2_i + (t_mean_i - t_mean) o1_i). Here the sums over values are
-    one. Rows that saw no key give 0.
+    Merging is associative: m is the largest, and with a = 2^(m_i - m) the merged d1 is sum a d1_i, t_mean is
+    sum a d1_i t_mean_i / d1, o1 is sum a o1_i, o2 is sum a (o2_i + (t_mean_i - t_mean) o1_i). Here the sums over values
+    are one. Rows that saw no key give 0.
     """
     m = jnp.max(states.m, axis=0)
     a = jnp.exp2(states.m - jnp.where(m == -jnp.inf, 0.0, m))
