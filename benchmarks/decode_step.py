@@ -235,19 +235,12 @@ def bench(config: ModelConfig, batch: int, context: int, bandwidth: float, token
     }
 
 
-PRODUCTS = ("in", "out", "gate", "down")
 VARIANTS = {
     "default": Variant(),
     "no_pdl": Variant(options={"xla_gpu_enable_pdl": False}),
     "nothing_ahead": Variant(ahead=dict.fromkeys(step.AHEAD, ())),
-    "keys_ahead": Variant(ahead={"in": ("gains", "keys", "out")}),
-    "cache_ahead": Variant(ahead={"in": ("gains", "keys", "values", "out")}),
-    "attention_ahead": Variant(ahead={"attention": ("gate", "up"), "out": ("down",), "gate": ("next",), "down": ()}),
-    "late": Variant(launches={name: {"early": False} for name in PRODUCTS}),
-    "gate_late": Variant(launches={"gate": {"early": False}}),
-    "gate_down_late": Variant(launches={name: {"early": False} for name in ("gate", "down")}),
     "in_vector_8": Variant(launches={"in": {"vector": 8}}),
-    "splits_16": Variant(attention={"num_splits": 16, "num_stages": 5}),
+    "splits_8": Variant(attention={"num_splits": 8, "num_stages": 5}),
 }
 
 

@@ -153,18 +153,20 @@ def from_fixed_centre(
 
 
 def merged_output(states: State) -> jax.Array:
-    """The output of rows whose states over disjoint keys are stacked along the first axis; these may come in any order.
+    """The output of rows from their states over disjoint keys, which are stacked along axis 0, in any order.
 
-    The accumulators are summed once: what each state found about its own mean is moved to that of all by its weight.
+    Merging is associative: m is the largest, and with a = 2^(m_i - m) the merged d1 is sum a d1_i, t_mean is
+    sum a d1_i t_mean_i / d1, o1 is sum a o1_i, o2 is sum a (o2_i + (t_mean_i - t_mean) o1_i). Here the sums over values
+    are one. Rows that saw no key give 0.
     """
-    m = jnp.max(states.m, axis=0, keepdims=True)
+    m = jnp.max(states.m, axis=0)
     a = jnp.exp2(states.m - jnp.where(m == -jnp.inf, 0.0, m))
-    share = a / _nonzero(jnp.sum(a * states.d1, axis=0, keepdims=True))
+    share = a * (1.0 / _nonzero(jnp.sum(a * states.d1, axis=0)))
     if states.o2 is None:
         return jnp.sum(share[..., None] * states.o1, axis=0)
-    t_mean = jnp.sum(share * states.d1 * states.t_mean, axis=0, keepdims=True)
-    moved = share * (1 - (states.t_mean - t_mean))
-    return jnp.sum(moved[..., None] * states.o1 - share[..., None] * states.o2, axis=0)
+    t_mean = jnp.sum(share * states.d1 * states.t_mean, axis=0)
+    own = share * (1.0 - (states.t_mean - t_mean))
+    return jnp.sum(own[..., None] * states.o1 - share[..., None] * states.o2, axis=0)
 
 
 def finish(state: State) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:

@@ -19,7 +19,7 @@ from parallax_jax.cache import KVCache
 from parallax_jax.layers import rotary_embedding
 
 # What each kernel of a block has read into the L2 cache for the kernels after it; "next" is for the next block.
-AHEAD = {"in": ("gains", "out"), "attention": (), "out": ("gate", "up"), "gate": ("down",), "down": ("next",)}
+AHEAD = {"in": ("gains", "out"), "out": ("gate", "up"), "gate": ("down",), "down": ("next",)}
 _KERNELS = ("pallas_kernels.triton.projection", "pallas_kernels.triton.decode")
 
 
@@ -100,7 +100,6 @@ def _block(config, ring, params, following, x, rotation, mask, cache):
     weights = {name: [mlp[name]["kernel"]] for name in ("gate", "up", "down")}
     weights["out"] = [attention["out"]["kernel"].reshape(-1, config.width)]
     later = weights | {"gains": gains.values(), "next": following}
-    later |= {"keys": [cache["key"]], "values": [cache["value"]]}
     ahead = {name: [array for what in names for array in later[what]] for name, names in AHEAD.items()}
     project = functools.partial(projection.project, epsilon=config.norm_eps)
     *products, x = project(x, list(first.values()), gain=params["attention_norm"]["scale"], ahead=ahead["in"])
@@ -123,7 +122,6 @@ def _block(config, ring, params, following, x, rotation, mask, cache):
         cache["page_table"],
         fresh,
         scale=config.head_dim**-0.5,
-        ahead=ahead["attention"],
     )
     (x,) = project(projection.Stream(out.reshape(len(out), -1)), weights["out"], residual=x.x, ahead=ahead["out"])
     gain, gate_up = params["mlp_norm"]["scale"], weights["gate"] + weights["up"]

@@ -142,18 +142,19 @@ def test_programs_start_after_those_for_which_they_wait(order):
     ("kv_heads", "length", "group", "options", "forward", "backward"),
     [
         (16, 4096, 1, {}, dict(chunk=8), dict(chunk=16)),
-        (64, 4096, 2, {}, dict(chunk=8), dict(chunk=3, last=4)),
+        (64, 4096, 2, {}, dict(chunk=8), dict(chunk=2, last=4)),
         (16, 4096, 4, {}, dict(chunk=8), dict(chunk=4, alternate=True)),
-        (16, 6144, 4, {}, dict(chunk=4), dict(chunk=1, last=2)),
-        (16, 65536, 3, {}, dict(chunk=3), dict(chunk=1)),
-        (16, 16384, 1, dict(window=1024), dict(chunk=2), dict(chunk=1)),
+        (16, 3072, 4, {}, dict(chunk=12), dict(chunk=2, last=5)),
+        (16, 6144, 4, {}, dict(chunk=4), dict(chunk=8)),
+        (16, 65536, 3, {}, dict(chunk=3), dict(chunk=8)),
+        (16, 16384, 1, dict(window=1024), dict(chunk=1), dict(chunk=1)),
         (16, 4096, 4, dict(is_causal=False), dict(chunk=8), dict(chunk=8)),
     ],
 )
 def test_order(kv_heads, length, group, options, forward, backward):
     masks = common.Masks(blocks.Mask(jnp.int32(0), **options), length, length)
     blocks_of = length // 128
-    assert forward_order(kv_heads * group, blocks_of, group) == Order(kv_heads * group, blocks_of, **forward)
+    assert forward_order(kv_heads * group, blocks_of, group, masks) == Order(kv_heads * group, blocks_of, **forward)
     assert backward_order(kv_heads, blocks_of, group, length, 128, masks) == Order(kv_heads, blocks_of, **backward)
 
 

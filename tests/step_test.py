@@ -74,7 +74,6 @@ def test_equals_the_blocks(name, monkeypatch):
         expected, plain = call(plain, tokens, num_new)
         with monkeypatch.context() as patch:
             patch.setattr(step, "runs", lambda config, tokens, cache: step.takes(config, cache))
-            patch.setattr(step, "AHEAD", step.AHEAD | {"attention": ("gate", "up")})  # changes nothing
             logits, ours = fused(ours, tokens, num_new)
         real = np.asarray(num_new) > 0
         np.testing.assert_allclose(logits[real], expected[real], rtol=2e-5, atol=2e-5)

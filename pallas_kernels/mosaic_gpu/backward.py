@@ -18,7 +18,7 @@ from pallas_kernels.mosaic_gpu.common import BLOCK, GROUPS
 
 KEYS = GROUPS * BLOCK  # keys of a program
 SUMS_IN_FLIGHT = 64 << 20  # bytes: the second-level cache of an H100 or H200 holds 50 MB
-LEAST_HEADS = 8  # in flight at once where each has its own keys: more programs of one would only queue for their turns
+LEAST_HEADS = 8  # in flight at once: more programs of one head would only queue up for their turns
 
 
 def backward(query, probe, key, value, mask, out, v_mean, lse, t_mean, dout, *, scale, stages, interpret):
@@ -37,16 +37,17 @@ def backward(query, probe, key, value, mask, out, v_mean, lse, t_mean, dout, *, 
 
 
 def order(num_heads: int, num_blocks: int, group_heads: int, num_rows: int, head_dim: int, masks) -> common.Order:
-    """The fastest order of programs of those that were measured on an H100, with up to 8 query heads to a kv head."""
+    """The order of programs: of those measured on an H100 and an H200, one that is good on both."""
     chunks_of = functools.partial(common.Order, num_heads, num_blocks)
-    wave = max(1, common.MULTIPROCESSORS // num_blocks)
+    wave = common.MULTIPROCESSORS // num_blocks
     if masks.has_window:
         return chunks_of(1)
-    if not masks.is_plain or not masks.is_causal or group_heads == 1:
-        return chunks_of(max(LEAST_HEADS, SUMS_IN_FLIGHT // (2 * 4 * num_rows * head_dim * group_heads)))
-    if group_heads >= 4 and 0.94 * common.MULTIPROCESSORS <= wave * num_blocks <= common.MULTIPROCESSORS:
-        return chunks_of(wave, alternate=True)
-    return chunks_of(max(1, 3 * wave // 4), last=wave)
+    if masks.is_plain and masks.is_causal and group_heads > 1:
+        if group_heads >= 4 and wave * num_blocks >= 0.94 * common.MULTIPROCESSORS:
+            return chunks_of(wave, alternate=True)
+        if wave >= 4:
+            return chunks_of(wave // 2, last=wave)
+    return chunks_of(max(LEAST_HEADS, SUMS_IN_FLIGHT // (2 * 4 * num_rows * head_dim * group_heads)))
 
 
 def _row_stats(dout, out, v_mean, lse, t_mean, interpret):

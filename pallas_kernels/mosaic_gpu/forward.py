@@ -14,10 +14,11 @@ from pallas_kernels.mosaic_gpu import common
 from pallas_kernels.mosaic_gpu.common import BLOCK, GROUPS
 
 
-def order(num_heads: int, num_blocks: int, group_heads: int) -> common.Order:
-    """Whole groups that share keys, and twice as many programs in a chunk as run at once: they read the same keys."""
+def order(num_heads: int, num_blocks: int, group_heads: int, masks) -> common.Order:
+    """Chunks of as many heads as run at once, or twice as many, in whole groups: programs that read the same keys."""
     wave = max(1, common.MULTIPROCESSORS // num_blocks)
-    return common.Order(num_heads, num_blocks, chunk=group_heads * pl.cdiv(2 * wave, group_heads))
+    heads = wave if masks.has_window else 2 * wave
+    return common.Order(num_heads, num_blocks, chunk=group_heads * pl.cdiv(heads, group_heads))
 
 
 def forward(query, probe, key, value, mask, *, scale, stages, interpret):
@@ -33,7 +34,7 @@ def forward(query, probe, key, value, mask, *, scale, stages, interpret):
     c = scale * tiles.LOG2_E
     num_row_blocks = pl.cdiv(num_queries, GROUPS * BLOCK)
     masks = common.Masks(mask, num_queries, num_keys)
-    programs = order(batch * heads, num_row_blocks, heads // kv_heads)
+    programs = order(batch * heads, num_row_blocks, heads // kv_heads, masks)
 
     def kernel(q_ref, r_ref, k_ref, v_ref, *refs, **scratch):
         s = types.SimpleNamespace(**scratch)

@@ -9,7 +9,7 @@ value, attends, and the last program of a head to finish merges the splits, alwa
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import blocks, device, tiles, triton
-from pallas_kernels.block_sizes import DECODE_MERGED_COLUMNS, DECODE_TURN, TritonDecodeBlockSizes, decode_rows
+from pallas_kernels.block_sizes import DECODE_TURN, TritonDecodeBlockSizes, decode_merge, decode_rows
 from pallas_kernels.triton import common
 
 MAX_QUERIES = 16  # more new tokens than this are a prefill: the forward kernel's work
@@ -71,23 +71,10 @@ def decode(query, probe, key, value, mask: blocks.Mask, page_table, *, scale, bl
         return _prefill(query, probe, key, value, mask, page_table, scale=scale)
     config = block_sizes or TritonDecodeBlockSizes.heuristic(query, key, value, mask, page_table)
     call = functools.partial(_decode, scale=scale, config=config)
-    return device.run(call, query, probe, key, value, None, mask, page_table, None, ())
+    return device.run(call, query, probe, key, value, None, mask, page_table, None)
 
 
-def append(
-    query,
-    probe,
-    key,
-    value,
-    counters,
-    mask: blocks.Mask,
-    page_table,
-    fresh: Fresh,
-    *,
-    scale,
-    ahead: Sequence[jax.Array] = (),
-    block_sizes=None,
-):
+def append(query, probe, key, value, counters, mask: blocks.Mask, page_table, fresh: Fresh, *, scale, block_sizes=None):
     """Writes each sequence's new token to its cache and attends from it.
 
     Args:
@@ -101,18 +88,26 @@ def append(
       page_table: as in `parallax_decode`.
       fresh: the new keys and values, and what is to be done to them.
       scale: factor on query . key.
-      ahead: what the kernels after this one read, which a Hopper GPU brings into its L2 cache when the cache is read.
       block_sizes: the launch; None for the default.
 
     Returns:
       The output (B, 1, N, Hv), key, value and counters. A token without a place in the cache is written nowhere.
     """
-    config = block_sizes or TritonDecodeBlockSizes.heuristic(query, key, value, mask, page_table)
-    if block_sizes is None and config.block_k * max(64, *(x.shape[3] for x in (key, value))) > 4096:
-        # Two warps have no registers for new rows beside a long tile.
-        config = dataclasses.replace(config, num_warps=max(4, config.num_warps))
+    heuristic = TritonDecodeBlockSizes.heuristic(query, key, value, mask, page_table)
+    config = block_sizes or _append_launch(heuristic, key, value)
     call = functools.partial(_decode, scale=scale, config=config)
-    return device.run(call, query, probe, key, value, counters, mask, page_table, fresh, tuple(ahead))
+    return device.run(call, query, probe, key, value, counters, mask, page_table, fresh)
+
+
+def _append_launch(config: TritonDecodeBlockSizes, key, value) -> TritonDecodeBlockSizes:
+    """The launch of `append` where plain decode has `config`."""
+    changes = {}
+    if config.block_k * max(64, key.shape[3], value.shape[3]) > 4096:
+        changes["num_warps"] = max(4, config.num_warps)  # two have no registers for new rows beside a long tile
+    if config.num_splits >= 32 and any(name in device.target()[1] for name in device.HOPPER):
+        # One program merges them all: half as many, each with more tiles on their way.
+        changes |= {"num_splits": config.num_splits // 2, "num_stages": 5}
+    return dataclasses.replace(config, **changes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,12 +278,11 @@ def _kernel(
     mask,
     pages_ref,
     fresh,
-    ahead_refs,
     *out_refs,
     config,
     scale,
     rows: _Rows,
-    prefetch: Callable | None,
+    interpret: bool,
 ):
     num_queries = q_ref.shape[1]
     num_pages, page_size, num_kv_heads, value_dim = v_ref.shape
@@ -415,9 +409,8 @@ def _kernel(
             return absorb(state, new.tile(new_key).T, new.tile(new.value), only & new.is_new)
 
         state = take(state) if config.num_splits == 1 else lax.cond(is_last, take, lambda state: state, state)
-        if prefetch is not None:
-            # Not before: the next kernel's programs would crowd where the first of these end.
-            state = state._replace(m=common.release_next(state.m + prefetch(ahead_refs).astype(jnp.float32)))
+        if not interpret:  # not before: the next kernel's programs would crowd where the first of these end
+            state = state._replace(m=common.release_next(state.m))
 
     rows_v, tokens, heads, columns, inside = rows.spread(value_dim, row, token, head)
     if config.num_splits == 1:
@@ -431,19 +424,18 @@ def _kernel(
             plt.store(ref.at[b, kv, rows_v, split, columns], x, mask=inside)
     if fresh is None:
         return
-    if prefetch is not None:
+    if not interpret:
         plt.debug_barrier()  # the program's states are written before one of its threads says so
     arrived = plt.atomic_add(counters, (program * rows.blocks + block,), jnp.int32(1))
 
     @pl.when(arrived == config.num_splits - 1)
     def _():
-        count = min(rows.size, pl.next_power_of_2(rows.total))
-        width = common.padded(value_dim)
+        width, held = common.padded(value_dim), min(rows.size, pl.next_power_of_2(rows.total))
         # Few rows at once, each of which is code of its own.
-        size = min(count, 4, max(1, MERGED * config.num_warps // (config.num_splits * width)))
+        size = min(held, 4, max(1, MERGED * config.num_warps // (config.num_splits * width)))
         states, first = tiles.State(*out_refs), block * rows.size
         merge = lambda i, _: _merge(states, out_ref, b, kv, first + i * size, size, rows, 0, width)
-        lax.fori_loop(0, count // size, merge, None)
+        lax.fori_loop(0, held // size, merge, None)
         counters[program * rows.blocks + block] = 0  # for the next layer
 
 
@@ -456,7 +448,10 @@ def _merge_kernel(state_refs: tiles.State, out_ref, *, rows: _Rows, width: int):
 
 
 def _merge(state_refs: tiles.State, out_ref, b, kv, first, size: int, rows: _Rows, first_column, width: int) -> None:
-    """Merges the splits' states of `size` rows and `width` columns from the first of each on; writes their output."""
+    """Merges the splits' states of `size` rows and `width` columns from the first of each on; writes their output.
+
+    Tiles of two axes alone: a third, of rows, costs moves between layouts that take longer than the sums.
+    """
     num_splits, value_dim = state_refs.o1.shape[3:]
     split = jnp.arange(num_splits)
     shape = (num_splits, width)
@@ -486,7 +481,6 @@ def _decode(
     mask,
     page_table,
     fresh: Fresh | None,
-    ahead: tuple[jax.Array, ...],
     *,
     scale,
     config: TritonDecodeBlockSizes,
@@ -508,32 +502,25 @@ def _decode(
         aliases = {first + i: 1 + i for i in range(len(inputs))}
         shapes = (out, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs))
         shapes += () if config.num_splits == 1 else (states,)
-    grid = common.grid_size(batch, num_kv_heads, rows.blocks, config.num_splits)
-    operands = query, probe, key, value, counters, mask, page_table, fresh
-    prefetch = None
-    if not interpret:
-        prefetch = functools.partial(common.prefetch, sizes=[x.nbytes for x in ahead], programs=grid[0])
     results = pl.pallas_call(
-        functools.partial(_kernel, config=config, scale=scale, rows=rows, prefetch=prefetch),
+        functools.partial(_kernel, config=config, scale=scale, rows=rows, interpret=interpret),
         out_shape=shapes,
-        grid=grid,
-        in_specs=(*jax.tree.map(lambda _: pl.BlockSpec(), operands), common.first_elements(ahead)),
+        grid=common.grid_size(batch, num_kv_heads, rows.blocks, config.num_splits),
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         input_output_aliases=aliases,
         interpret=interpret,
         name="parallax_decode",
-    )(*operands, ahead)
+    )(query, probe, key, value, counters, mask, page_table, fresh)
     if fresh is not None:
         return *results[:3], counters if config.num_splits == 1 else results[3]
     if config.num_splits == 1:
         return results[0]
-    # One warp, which reduces over the splits within its threads; few columns, so that many programs load.
-    width = min(common.padded(value_dim), max(16, DECODE_MERGED_COLUMNS // config.num_splits))
+    width, num_warps = decode_merge(config.num_splits, common.padded(value_dim))
     return pl.pallas_call(
         functools.partial(_merge_kernel, rows=rows, width=width),
         out_shape=out,
         grid=common.grid_size(batch, num_kv_heads, rows.total, pl.cdiv(value_dim, width)),
-        compiler_params=plt.CompilerParams(num_warps=1, num_stages=1),
+        compiler_params=plt.CompilerParams(num_warps=num_warps, num_stages=1),
         interpret=interpret,
         name="parallax_decode_merge",
     )(results)

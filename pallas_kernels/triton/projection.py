@@ -39,7 +39,6 @@ class Launch(NamedTuple):
         thread to thread column by column, so with few of them there is little to pass on; but a thread then has more
         rows, and reads as many of the inputs.
       splits: shares of the weights' rows, each of programs of its own, where weights are held and a residual follows.
-      early: for one row, the next kernel's programs take their places on the device while this one runs.
     """
 
     block_n: int
@@ -48,7 +47,6 @@ class Launch(NamedTuple):
     num_stages: int
     vector: int = 4
     splits: int = 1
-    early: bool = True
 
     def share(self, depth: int) -> int:
         """Rows of a share: whole tiles."""
@@ -248,9 +246,8 @@ def _one_row(
             index = k + jnp.arange(launch.block_k)
             plt.store(whole_ref.at[0, index], x, mask=(index < depth) & (program == 0))
         xs = [x.astype(jnp.float32) for x in xs]
-    release = common.release_next if launch.early else lambda x: x
     if prefetch:
-        xs = [release(x + zero) for x in xs]
+        xs = [common.release_next(x + zero) for x in xs]
     if gains:
         inverse = _inverse_rms(jnp.sum(sum(x * x for x in xs)), stream.x, epsilon)
         xs = [(x * inverse * gain).astype(dtype).astype(jnp.float32) for x, gain in zip(xs, gains, strict=True)]
@@ -304,8 +301,7 @@ def _rows(x_ref, gain_ref, w_refs, zero, column, epsilon, launch: Launch, prefet
 
     sums = jnp.zeros((tile[0], launch.block_n))
     if prefetch:
-        sums += prefetch().astype(jnp.float32)
-        sums = common.release_next(sums) if launch.early else sums
+        sums = common.release_next(sums + prefetch().astype(jnp.float32))
     return lax.fori_loop(0, count, step, (sums,) * len(w_refs))
 
 

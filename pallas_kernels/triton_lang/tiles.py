@@ -115,14 +115,13 @@ def from_fixed_centre(m, d1, d2, o1, o2, centre):
 
 
 @triton.jit
-def merge(m, d1, t_mean, o1, o2):
-    """Merges states of one row over disjoint keys, stacked along axis 0."""
+def merged_output(m, d1, t_mean, o1, o2):
+    """`tiles.merged_output` of the states of one row."""
     m_all = tl.max(m, 0)
     a = tl.exp2(m - tl.where(m_all == float("-inf"), 0.0, m_all))
-    d1_all = tl.sum(a * d1, 0)
-    t_all = tl.sum(a * d1 * t_mean, 0) / nonzero(d1_all)
-    o2_all = tl.sum(a[:, None] * (o2 + (t_mean - t_all)[:, None] * o1), 0)
-    return m_all, d1_all, t_all, tl.sum(a[:, None] * o1, 0), o2_all
+    share = a * (1.0 / nonzero(tl.sum(a * d1, 0)))
+    own = share * (1.0 - (t_mean - tl.sum(share * d1 * t_mean, 0)))
+    return tl.sum(own[:, None] * o1 - share[:, None] * o2, 0)
 
 
 @triton.jit
