@@ -25,7 +25,7 @@ import numpy as np
 
 from benchmarks.decode import read_bandwidth
 from pallas_kernels.block_sizes import TritonDecodeBlockSizes
-from pallas_kernels.triton import common, projection
+from pallas_kernels.triton import projection
 from parallax_jax import step
 from parallax_jax.cache import KVCache, init_cache
 from parallax_jax.model import ModelConfig, TransformerLM
@@ -91,35 +91,31 @@ class Variant:
     """What differs from a step as it is by default.
 
     Attributes:
-      ahead: what products read ahead (`step.AHEAD`).
+      ahead: what kernels read ahead, where it is not `step.AHEAD`.
       launches: fields of the launches of a block's products, by their names in `step.AHEAD`.
       attention: fields of the launch of `append`.
-      early: a kernel's programs take their places on the device while the kernel before still runs.
       options: of XLA.
     """
 
-    ahead: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=lambda: step.AHEAD)
+    ahead: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     launches: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
     attention: dict[str, int] = dataclasses.field(default_factory=dict)
-    early: bool = True
     options: dict[str, int | bool] = dataclasses.field(default_factory=dict)
 
     def lower(self, config: ModelConfig, tokens: int, *arguments) -> jax.stages.Lowered:
         """Greedy steps of this variant, `tokens` in a call."""
 
-        def launch(rows, weights, gated):
+        def launch(rows, weights, gated, residual):
             first = "down" if weights[0].shape[0] == config.mlp_width else "out"
             name = "gate" if gated else "in" if len(weights) > 1 else first
-            return default(rows, weights, gated)._replace(**self.launches.get(name, {}))
+            return default(rows, weights, gated, residual)._replace(**self.launches.get(name, {}))
 
         heuristic = lambda *x: dataclasses.replace(append(*x), **self.attention)
         default, append = projection._launch, TritonDecodeBlockSizes.heuristic
-        release = common.release_next if self.early else lambda x: x
         with (
             mock.patch.object(projection, "_launch", launch),
             mock.patch.object(TritonDecodeBlockSizes, "heuristic", heuristic),
-            mock.patch.object(common, "release_next", release),
-            mock.patch.object(step, "AHEAD", self.ahead),
+            mock.patch.object(step, "AHEAD", step.AHEAD | self.ahead),
         ):
             jax.clear_caches()
             return decode_steps.lower(config, Sampling(temperature=0), tokens, *arguments)
@@ -239,32 +235,12 @@ def bench(config: ModelConfig, batch: int, context: int, bandwidth: float, token
     }
 
 
-FAR_AHEAD = {"in": ("gains", "out", "gate", "up"), "out": ("down",), "gate": ("next",), "down": ()}
-PRODUCTS = tuple(step.AHEAD)
-_WIDE_LOADS = {"vector": 8, "num_warps": 16}
 VARIANTS = {
     "default": Variant(),
-    "no_graph": Variant(options={"xla_gpu_graph_min_graph_size": 1 << 20}),
     "no_pdl": Variant(options={"xla_gpu_enable_pdl": False}),
-    "late": Variant(early=False),
-    "nothing_ahead": Variant(ahead=dict.fromkeys(PRODUCTS, ())),
-    "far_ahead": Variant(ahead=FAR_AHEAD),
-    "cache_ahead": Variant(ahead=step.AHEAD | {"in": ("gains", "cache", "out")}),
-    "cache_ahead_late": Variant(ahead=step.AHEAD | {"in": ("gains", "cache", "out")}, early=False),
-    "before": Variant(
-        launches={
-            "in": _WIDE_LOADS | {"num_warps": 8},
-            "out": _WIDE_LOADS,
-            "gate": _WIDE_LOADS | {"block_n": 16},
-            "down": _WIDE_LOADS,
-        }
-    ),
-    "vector_8": Variant(launches={name: {"vector": 8} for name in PRODUCTS}),
-    "vector_2": Variant(launches={name: {"vector": 2} for name in PRODUCTS}),
-    "gate_16": Variant(launches={"gate": {"block_n": 16}}),
-    "in_8_warps": Variant(launches={"in": {"num_warps": 8}}),
-    "16_warps": Variant(launches={name: {"num_warps": 16} for name in PRODUCTS}),
-    "8_warps": Variant(launches={name: {"num_warps": 8} for name in ("out", "gate", "down")}),
+    "nothing_ahead": Variant(ahead=dict.fromkeys(step.AHEAD, ())),
+    "in_vector_8": Variant(launches={"in": {"vector": 8}}),
+    "splits_8": Variant(attention={"num_splits": 8, "num_stages": 5}),
 }
 
 

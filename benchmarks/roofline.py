@@ -64,26 +64,32 @@ def rows(log: str, shapes: list) -> list[dict]:
     for (shape, name), call in zip(labels, calls, strict=True):
         total = {x: sum(float(k[x].replace(",", "")) for k in call["kernels"]) for x in (TENSOR, BYTES, TIME, *FP32)}
         flop = total[TENSOR] + sum(n * total[x] for x, n in FP32.items())
-        row = {"shape": str(shape), "name": name, "bytes": total[BYTES], "tensor_flop": total[TENSOR], "flop": flop}
+        # Scores and values, and those of the probe. Tensor cores multiply rows of zeros, too: a tile has 16.
+        needed = (8 if name == "Parallax" else 4) * shape.bytes // 4 * shape.heads // shape.kv_heads
+        row = {"shape": str(shape), "name": name, "bytes": total[BYTES], "needed_flop": needed}
+        row |= {"tensor_flop": total[TENSOR], "flop": flop}
         found.append(row | {"ns": total[TIME], "kernels": [k["Kernel Name"] for k in call["kernels"]]})
     return found
 
 
 def draw(found: list[dict], bandwidth: float, peak: float | None, path: pathlib.Path) -> None:
-    """The roofline, bytes/s and, where it is known, FLOP/s, with a point for each row."""
+    """The roofline, bytes/s and, where it is known, FLOP/s, with two points for each row."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(5, 3.6), layout="constrained")
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
     intensity = [0.5, peak / bandwidth if peak else 1000, 1000]
     axis.loglog(intensity, [min(x * bandwidth, peak or math.inf) / 1e12 for x in intensity], color="black")
+    sizes = list(dict.fromkeys(row["shape"] for row in found))
     for row in found:
+        color, marker = f"C{NAMES.index(row['name'])}", "os"[sizes.index(row["shape"])]
         label = f"{row['name']}, {row['shape'].split(' heads')[0]}"
-        marker = {"Parallax": "o", "softmax": "s", "cuDNN": "^"}[row["name"]]
-        axis.plot(row["flop"] / row["bytes"], row["flop"] / row["ns"] / 1e3, marker, label=label)
-    axis.set(xlabel="FLOP per byte read from memory", ylabel="TFLOP/s", title="Decode, by hardware counters")
+        for kind, style in (("needed_flop", dict(label=label)), ("flop", dict(markerfacecolor="none"))):
+            axis.plot(row[kind] / row["bytes"], row[kind] / row["ns"] / 1e3, marker, color=color, **style)
+    axis.set(xlabel="FLOP per byte read from memory", ylabel="TFLOP/s")
+    axis.set_title("Decode by hardware counters: needed FLOP (filled), and with the tiles' empty rows", fontsize=9)
     axis.legend(fontsize=7)
     figure.savefig(path, dpi=150)
 
@@ -107,9 +113,7 @@ def main() -> None:
     if status or '"ID"' not in text:
         parser.error(f"ncu ended with {status}: {text[-2000:]}")
     found = rows(text, shapes())
-    for shape, row in zip((shape for shape in shapes() for _ in NAMES), found, strict=True):
-        # Scores and values, and those of the probe. Tensor cores multiply rows of zeros, too: a tile has 16.
-        row["needed_flop"] = (8 if row["name"] == "Parallax" else 4) * shape.bytes // 4 * shape.heads // shape.kv_heads
+    for row in found:
         each = [f"{row[x] / row['bytes']:7.2f} {x}" for x in ("needed_flop", "tensor_flop", "flop")]
         print(f"{row['shape']} {row['name']:8} {row['bytes'] / 1e6:8.1f} MB {row['ns'] / 1e3:8.2f} us  a byte:", *each)
     import jax  # not before: the GPU was the other process's

@@ -98,7 +98,7 @@ class _TritonDecode:
 
     @classmethod
     def heuristic(cls, query, key, value, mask, page_table):
-        """Launches that fit registers and shared memory; splits until two programs a core run, of 64 keys or more each.
+        """Launches that fit registers and shared memory; splits until two programs a core run, each with keys enough.
 
         What a program can have in flight at once it reads alone: a merge would take as long. The arguments are those of
         a backend's `decode`. The numbers come from sweeps (docs/results/decode.md).
@@ -109,11 +109,12 @@ class _TritonDecode:
         if mask.window is not None:
             num_keys = min(num_keys, mask.window + num_queries - 1)
         programs = batch * key.shape[2] * row_blocks
-        splits = max(1, min(256 // programs, num_keys // 64))
+        width = _decode_width(key, value)
+        fewest = 32 if num_keys <= 256 and width >= 128 else 64
+        splits = max(1, min(256 // programs, num_keys // fewest, 128))
         splits = 1 << (splits.bit_length() - 1)
         if query.dtype.itemsize == 4:
             return cls(16, splits, 8, 3)
-        width = _decode_width(key, value)
         held = size * width  # elements of each accumulator
         if held > 4096:
             return cls(32 if width <= 128 else 16, splits, 8, 3)
@@ -132,8 +133,9 @@ class _TritonDecode:
             if long or (256 < programs <= 1024 and num_keys >= 256):  # with larger tiles 1.3 and 2.6 waves of programs
                 return cls(4096 // width, 1, 2, 4, rotate=long)
         keys = num_keys // splits
-        block_k = min(8192 // width, max(64, 1 << (keys.bit_length() - 1)))
-        return cls(block_k, splits, 2, 2 if keys < 2 * block_k else 3)
+        block_k = min(8192 // width, max(fewest, 1 << (keys.bit_length() - 1)))
+        num_warps = 4 if keys <= block_k and width >= 128 else 2  # of one tile nothing is left to read meanwhile
+        return cls(block_k, splits, num_warps, 2 if keys < 2 * block_k else 3)
 
 
 class TritonDecodeBlockSizes(_TritonDecode):
@@ -149,12 +151,21 @@ DECODE_ROW_BYTES = 16384  # of queries that a program holds; larger groups are c
 DECODE_AT_ONCE = 16384  # keys times columns that a program has in flight at once
 DECODE_LONG = 4096  # keys from which on programs that read whole sequences begin at different tiles
 DECODE_TURN = 37  # tiles by which the start of a program lies behind that of the one before
-DECODE_MERGED_COLUMNS = 512  # columns times splits that a program of the merge kernel merges
 
 
 def _decode_width(key, value) -> int:
     """Columns of the wider tile, powers of two."""
     return max(16, 1 << (max(key.shape[3], value.shape[3]) - 1).bit_length())
+
+
+def decode_merge(num_splits: int, width: int) -> tuple[int, int]:
+    """(columns, warps) of a program that merges the splits of one row of `width` columns, a power of two.
+
+    The more splits, the fewer columns and the more warps: what a thread does one after the other is most of the time.
+    """
+    if num_splits <= 4:
+        return width, 1
+    return (min(width, 32), 1) if num_splits <= 16 else (min(width, 16), 4)
 
 
 def decode_rows(query, key, value) -> tuple[int, int]:

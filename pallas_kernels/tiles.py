@@ -152,18 +152,21 @@ def from_fixed_centre(
     return State(m, d1, centre + shift, o1, o2 - spread(shift, o1) * o1)
 
 
-def merge(states: State, axis: int = 0) -> State:
-    """Merges states of the same rows over disjoint keys, stacked along `axis`. Associative, any order."""
-    m = jnp.max(states.m, axis=axis, keepdims=True)
+def merged_output(states: State) -> jax.Array:
+    """The output of rows from their states over disjoint keys, which are stacked along axis 0, in any order.
+
+    Merging is associative: m is the largest, and with a = 2^(m_i - m) the merged d1 is sum a d1_i, t_mean is
+    sum a d1_i t_mean_i / d1, o1 is sum a o1_i, o2 is sum a (o2_i + (t_mean_i - t_mean) o1_i). Here the sums over values
+    are one. Rows that saw no key give 0.
+    """
+    m = jnp.max(states.m, axis=0)
     a = jnp.exp2(states.m - jnp.where(m == -jnp.inf, 0.0, m))
-    d1 = jnp.sum(a * states.d1, axis=axis)
-    o1 = jnp.sum(a[..., None] * states.o1, axis=axis)
+    share = a * (1.0 / _nonzero(jnp.sum(a * states.d1, axis=0)))
     if states.o2 is None:
-        return State(jnp.squeeze(m, axis), d1, None, o1, None)
-    t_mean = jnp.sum(a * states.d1 * states.t_mean, axis=axis) / _nonzero(d1)
-    shift = states.t_mean - jnp.expand_dims(t_mean, axis)
-    o2 = jnp.sum(a[..., None] * (states.o2 + shift[..., None] * states.o1), axis=axis)
-    return State(jnp.squeeze(m, axis), d1, t_mean, o1, o2)
+        return jnp.sum(share[..., None] * states.o1, axis=0)
+    t_mean = jnp.sum(share * states.d1 * states.t_mean, axis=0)
+    own = share * (1.0 - (states.t_mean - t_mean))
+    return jnp.sum(own[..., None] * states.o1 - share[..., None] * states.o2, axis=0)
 
 
 def finish(state: State) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:

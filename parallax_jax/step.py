@@ -18,7 +18,7 @@ from pallas_kernels.blocks import Mask
 from parallax_jax.cache import KVCache
 from parallax_jax.layers import rotary_embedding
 
-# What each product of a block has read into the L2 cache for the kernels after it; "next" is for the next block.
+# What each kernel of a block has read into the L2 cache for the kernels after it; "next" is for the next block.
 AHEAD = {"in": ("gains", "out"), "out": ("gate", "up"), "gate": ("down",), "down": ("next",)}
 _KERNELS = ("pallas_kernels.triton.projection", "pallas_kernels.triton.decode")
 
@@ -73,7 +73,7 @@ def layers(
     )
     counters = jnp.zeros(batch * config.num_heads, jnp.int32)
     lengths = cache.grown(1, num_new)
-    x, keys, values = x[:, 0], [], []
+    x, keys, values = triton_routes.load(_KERNELS[0]).Stream(x[:, 0]), [], []
     blocks = [nn.meta.unbox(params[f"layers_{i}"]) for i in range(config.num_layers)]
     for i, window in enumerate(config.windows):
         layer = {"key": cache.key[i], "value": cache.value[i], "page_table": cache.page_table, "counters": counters}
@@ -82,7 +82,7 @@ def layers(
         x, key, value, counters = _block(config, cache.ring, blocks[i], following, x, rotation, mask, layer)
         keys.append(key)
         values.append(value)
-    return x[:, None], tuple(keys), tuple(values)
+    return x.whole()[:, None], tuple(keys), tuple(values)
 
 
 def _first_weights(config, params) -> dict[str, Float[Array, "D _"]]:
@@ -98,12 +98,12 @@ def _block(config, ring, params, following, x, rotation, mask, cache):
     attention, mlp, first = params["attention"], params["mlp"], _first_weights(config, params)
     gains = {name: attention[f"{name}_norm"]["scale"] for name in first if f"{name}_norm" in attention}
     weights = {name: [mlp[name]["kernel"]] for name in ("gate", "up", "down")}
-    weights["out"] = [attention["out"]["kernel"].reshape(-1, x.shape[1])]
-    later = weights | {"gains": gains.values(), "cache": [cache["key"], cache["value"]], "next": following}
+    weights["out"] = [attention["out"]["kernel"].reshape(-1, config.width)]
+    later = weights | {"gains": gains.values(), "next": following}
     ahead = {name: [array for what in names for array in later[what]] for name, names in AHEAD.items()}
     project = functools.partial(projection.project, epsilon=config.norm_eps)
-    products = project(x, list(first.values()), gain=params["attention_norm"]["scale"], ahead=ahead["in"])
-    heads = {name: y.reshape(len(x), 1, -1, config.head_dim) for name, y in zip(first, products, strict=True)}
+    *products, x = project(x, list(first.values()), gain=params["attention_norm"]["scale"], ahead=ahead["in"])
+    heads = {name: y.reshape(len(y), 1, -1, config.head_dim) for name, y in zip(first, products, strict=True)}
     fresh = decode.Fresh(
         heads["key"],
         heads["value"],
@@ -123,8 +123,8 @@ def _block(config, ring, params, following, x, rotation, mask, cache):
         fresh,
         scale=config.head_dim**-0.5,
     )
-    (x,) = project(out.reshape(len(x), -1), weights["out"], residual=x, ahead=ahead["out"])
+    (x,) = project(projection.Stream(out.reshape(len(out), -1)), weights["out"], residual=x.x, ahead=ahead["out"])
     gain, gate_up = params["mlp_norm"]["scale"], weights["gate"] + weights["up"]
-    (hidden,) = project(x, gate_up, gain=gain, gated=True, ahead=ahead["gate"])
-    (x,) = project(hidden, weights["down"], residual=x, ahead=ahead["down"])
+    hidden, x = project(x, gate_up, gain=gain, gated=True, ahead=ahead["gate"])
+    (x,) = project(projection.Stream(hidden), weights["down"], residual=x.x, ahead=ahead["down"])
     return x, key, value, counters

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
+from pallas_kernels import tiles
 from pallas_kernels.block_sizes import TritonDecodeBlockSizes, XlaBlockSizes
 from pallas_kernels.blocks import Mask
 from pallas_kernels.triton import decode as triton_decode
@@ -31,10 +32,36 @@ class TestXla(DecodeConformance):
 
 class TestTriton(DecodeConformance):
     implementation = "triton"
-    block_sizes = tuple(  # with 32 splits the merge takes the columns of a row in two programs
+    block_sizes = tuple(  # with 32 splits the merge takes the columns of a row in programs of 32
         TritonDecodeBlockSizes(*sizes, 2, 2, rotate)
         for *sizes, rotate in ((16, 1, False), (32, 2, False), (16, 32, False), (16, 1, True), (16, 2, True))
     )
+
+
+def test_merged_states_give_the_output_over_all_keys():
+    """Any cut of the keys; a part without keys, a row without any, and a part of the probe that all keys share."""
+    rng = np.random.default_rng(17)
+    rows, keys, width = 5, 24, 7
+    s1, s2 = rng.normal(size=(2, rows, keys)) * 3
+    s2 += 1e3
+    value = jnp.asarray(rng.normal(size=(keys, width)), jnp.float32)
+    visible = rng.random((rows, keys)) < 0.7
+    visible[:, 8:12] = visible[3] = False
+
+    def over(part):
+        tile = (jnp.asarray(x[:, part], jnp.float32) for x in (s1, s2))
+        initial = tiles.initial_state((rows,), width)
+        return tiles.update(initial, *tile, 0.5, jnp.asarray(visible[:, part]), lambda p: p @ value[part])
+
+    parts = [slice(0, 1), slice(1, 8), slice(8, 12), slice(12, 24)]
+    states = jax.tree.map(lambda *x: jnp.stack(x), *map(over, parts))
+    p = np.exp2(0.5 * s1) * visible
+    p /= np.maximum(p.sum(1, keepdims=True), 1e-30)
+    expected = (p * (1 - s2 + (p * s2).sum(1, keepdims=True))) @ np.asarray(value, float)
+    assert not expected[3].any()
+    np.testing.assert_allclose(tiles.merged_output(states), expected, atol=5e-4)
+    softmax = tiles.merged_output(states._replace(t_mean=None, o2=None))
+    np.testing.assert_allclose(softmax, p @ np.asarray(value, float), atol=1e-6)
 
 
 @pytest.mark.parametrize(("batch", "page_size", "kernels"), [(64, None, 1), (2, None, 2), (2, 64, 2)])

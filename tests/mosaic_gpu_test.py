@@ -1,7 +1,5 @@
 """The Hopper kernels: lowering without a GPU, and numerics in Pallas' interpreter."""
 
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +9,9 @@ from jax.sharding import AbstractDevice, AbstractMesh
 from pallas_kernels import blocks, mosaic_gpu
 from pallas_kernels.block_sizes import MosaicGpuBlockSizes, XlaBlockSizes
 from pallas_kernels.mosaic_gpu import common
-from pallas_kernels.mosaic_gpu.backward import Order
+from pallas_kernels.mosaic_gpu.backward import order as backward_order
+from pallas_kernels.mosaic_gpu.common import Order
+from pallas_kernels.mosaic_gpu.forward import order as forward_order
 from parallax_jax import attention, compare
 from parallax_jax.workloads import BY_NAME, Workload
 
@@ -40,7 +40,7 @@ def gpu(kind: str) -> AbstractMesh:
     ids=lambda x: x.name if isinstance(x, Workload) else x,
 )
 def test_interpreted(workload, dtype, monkeypatch):
-    monkeypatch.setattr(sys.modules[Order.__module__], "MULTIPROCESSORS", 2)  # several chunks of heads
+    monkeypatch.setattr(common, "MULTIPROCESSORS", 2)  # several chunks of heads
     found = list(compare.errors("mosaic_gpu", workload, jnp.dtype(dtype)).values())
     allowed = compare.bounds("mosaic_gpu", jnp.dtype(dtype))
     assert found[0] <= allowed[0]
@@ -131,30 +131,31 @@ def test_visits(request, num_queries, is_causal, masked):
 def test_programs_start_after_those_for_which_they_wait(order):
     """Each once, those of a head in the order in which they add to its sums, and all of a head in one direction."""
     items = jnp.arange(order.num_heads * order.num_blocks)
-    head, block, ascending = (
-        np.asarray(x) for x in jax.vmap(lambda i: jax.tree.map(jnp.asarray, order.program(i)))(items)
-    )
+    head, block, other_way = (np.asarray(x) for x in jax.vmap(lambda i: jax.tree.map(jnp.asarray, order.at(i)))(items))
     for i in range(order.num_heads):
         np.testing.assert_array_equal(block[head == i], np.arange(order.num_blocks))
-        assert len(set(ascending[head == i])) == 1
-    assert (len(set(ascending)) == 2) == order.alternate
+        assert len(set(other_way[head == i])) == 1
+    assert (len(set(other_way)) == 2) == order.alternate
 
 
 @pytest.mark.parametrize(
-    ("heads", "length", "group", "options", "expected"),
+    ("kv_heads", "length", "group", "options", "forward", "backward"),
     [
-        (16, 4096, 1, {}, Order(16, 32, 16)),
-        (64, 4096, 2, {}, Order(64, 32, 3, last=4)),
-        (16, 4096, 4, {}, Order(16, 32, 4, alternate=True)),
-        (16, 6144, 4, {}, Order(16, 48, 1, last=2)),
-        (16, 65536, 4, {}, Order(16, 512, 1)),
-        (16, 16384, 1, dict(window=1024), Order(16, 128, 1)),
-        (16, 4096, 4, dict(is_causal=False), Order(16, 32, 8)),
+        (16, 4096, 1, {}, dict(chunk=8), dict(chunk=16)),
+        (64, 4096, 2, {}, dict(chunk=8), dict(chunk=2, last=4)),
+        (16, 4096, 4, {}, dict(chunk=8), dict(chunk=4, alternate=True)),
+        (16, 3072, 4, {}, dict(chunk=12), dict(chunk=2, last=5)),
+        (16, 6144, 4, {}, dict(chunk=4), dict(chunk=8)),
+        (16, 65536, 3, {}, dict(chunk=3), dict(chunk=8)),
+        (16, 16384, 1, dict(window=1024), dict(chunk=1), dict(chunk=1)),
+        (16, 4096, 4, dict(is_causal=False), dict(chunk=8), dict(chunk=8)),
     ],
 )
-def test_order(heads, length, group, options, expected):
+def test_order(kv_heads, length, group, options, forward, backward):
     masks = common.Masks(blocks.Mask(jnp.int32(0), **options), length, length)
-    assert Order.of(heads, length // 128, group, length, 128, masks) == expected
+    blocks_of = length // 128
+    assert forward_order(kv_heads * group, blocks_of, group, masks) == Order(kv_heads * group, blocks_of, **forward)
+    assert backward_order(kv_heads, blocks_of, group, length, 128, masks) == Order(kv_heads, blocks_of, **backward)
 
 
 def test_ring_must_fit_shared_memory():

@@ -3,6 +3,7 @@
 The interpreter needs triton, and TRITON_INTERPRET=1 before it is imported: `make test-triton-lang`.
 """
 
+import dataclasses
 import os
 import sys
 import types
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import block_sizes, triton_routes
+from pallas_kernels import block_sizes, blocks, triton_routes
 from pallas_kernels.block_sizes import (
     TritonBlockSizes,
     TritonLangBlockSizes,
@@ -27,6 +28,7 @@ from tests.decode_conformance import DecodeConformance
 
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
 SMALL = TritonLangBlockSizes(TritonPass(32, 16, 4, 2), TritonPass(16, 32, 4, 2), TritonPass(32, 16, 4, 2))
+WHOLE_ROWS = dataclasses.replace(SMALL, forward=TritonPass(32, 16, 2, 2))  # 16 to a warp: the form with a fixed centre
 
 
 @pytest.fixture
@@ -45,6 +47,15 @@ class TestInterpreted(Conformance):
     @pytest.mark.parametrize("name", ["window_77", "scattered", "more_queries", "ragged_full", "packed"])
     def test_small_blocks(self, name):
         found = compare.errors("triton", BY_NAME[name], jnp.float32, block_sizes=SMALL)
+        assert max(found.values()) <= self.bound()
+
+    @pytest.mark.parametrize("name", ["gqa_wide_head", "narrow_value", "more_queries", "ragged_full", "offset_early"])
+    def test_fixed_centre(self, name):
+        """The form of the forward pass that float32 takes in no default launch."""
+        from pallas_kernels.triton_lang.forward import has_fixed_centre
+
+        assert has_fixed_centre(blocks.Mask(jnp.int32(0)), WHOLE_ROWS.forward)
+        found = compare.errors("triton", BY_NAME[name], jnp.float32, block_sizes=WHOLE_ROWS)
         assert max(found.values()) <= self.bound()
 
     def test_vmap_of_offsets_and_lengths(self, rng):
@@ -68,7 +79,7 @@ class TestInterpreted(Conformance):
 @pytest.mark.usefixtures("only_triton_lang")
 class TestInterpretedDecode(DecodeConformance):
     implementation = "triton"
-    block_sizes = tuple(  # with 32 splits the merge takes the columns of a row in two programs
+    block_sizes = tuple(  # with 32 splits the merge takes the columns of a row in programs of 32
         TritonLangDecodeBlockSizes(*sizes, 2, 2, rotate)
         for *sizes, rotate in ((16, 1, False), (16, 1, True), (32, 2, False), (16, 32, True))
     )

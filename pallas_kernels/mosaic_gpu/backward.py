@@ -3,7 +3,6 @@
 Why it is deterministic, why it cannot hang, and why others may read its sums: docs/results/mosaic_gpu.md.
 """
 
-import dataclasses
 import functools
 import types
 
@@ -18,9 +17,8 @@ from pallas_kernels.mosaic_gpu import common
 from pallas_kernels.mosaic_gpu.common import BLOCK, GROUPS
 
 KEYS = GROUPS * BLOCK  # keys of a program
-MULTIPROCESSORS = 132  # of an H100 SXM or H200
 SUMS_IN_FLIGHT = 64 << 20  # bytes: the second-level cache of an H100 or H200 holds 50 MB
-LEAST_HEADS = 8  # in flight at once where each has its own keys: more programs of one would only queue for their turns
+LEAST_HEADS = 8  # in flight at once: more programs of one head would only queue up for their turns
 
 
 def backward(query, probe, key, value, mask, out, v_mean, lse, t_mean, dout, *, scale, stages, interpret):
@@ -38,50 +36,18 @@ def backward(query, probe, key, value, mask, out, v_mean, lse, t_mean, dout, *, 
     return dq[:, :num_queries], dr[:, :num_queries], dk[:, :num_keys], dv[:, :num_keys]
 
 
-@dataclasses.dataclass(frozen=True)
-class Order:
-    """In which order programs start: chunk by chunk of kv heads, and in a chunk the first keys of all heads first.
-
-    A program adds to sums that others have just used, if it is in the right place at the right time; how they were
-    found is in docs/results/mosaic_gpu.md. Whatever the order, no program waits for one that starts later.
-
-    Attributes:
-      num_heads: kv heads, of all sequences.
-      num_blocks: programs of a head.
-      chunk: heads of a chunk.
-      last: the last chunk has at least so many.
-      alternate: every other chunk goes from the first rows to the last: its programs start one by one as those of the
-        chunk before end, in this direction they meet at the same rows.
-    """
-
-    num_heads: int
-    num_blocks: int
-    chunk: int
-    last: int = 1
-    alternate: bool = False
-
-    @classmethod
-    def of(cls, num_heads: int, num_blocks: int, group_heads: int, num_rows: int, head_dim: int, masks) -> "Order":
-        """The fastest of those that were measured on an H100, with up to 8 query heads to a kv head."""
-        order = functools.partial(cls, num_heads, num_blocks)
-        wave = max(1, MULTIPROCESSORS // num_blocks)
-        if masks.has_window:
-            return order(1)
-        if not masks.is_plain or not masks.is_causal or group_heads == 1:
-            return order(max(LEAST_HEADS, SUMS_IN_FLIGHT // (2 * 4 * num_rows * head_dim * group_heads)))
-        if group_heads >= 4 and 0.94 * MULTIPROCESSORS <= wave * num_blocks <= MULTIPROCESSORS:
-            return order(wave, alternate=True)
-        return order(max(1, 3 * wave // 4), last=wave)
-
-    def program(self, item):
-        """(head, block of keys, whether it goes from the first rows to the last) of the program that starts then."""
-        num_chunks = max(1, (self.num_heads - self.last) // self.chunk + 1)
-        chunk = jnp.minimum(lax.div(item, self.chunk * self.num_blocks), num_chunks - 1)
-        first = chunk * self.chunk
-        count = jnp.where(chunk == num_chunks - 1, self.num_heads - first, self.chunk)
-        item -= first * self.num_blocks
-        ascending = lax.rem(chunk, 2) == 1 if self.alternate else False
-        return first + lax.rem(item, count), lax.div(item, count), ascending
+def order(num_heads: int, num_blocks: int, group_heads: int, num_rows: int, head_dim: int, masks) -> common.Order:
+    """The order of programs: of those measured on an H100 and an H200, one that is good on both."""
+    chunks_of = functools.partial(common.Order, num_heads, num_blocks)
+    wave = common.MULTIPROCESSORS // num_blocks
+    if masks.has_window:
+        return chunks_of(1)
+    if masks.is_plain and masks.is_causal and group_heads > 1:
+        if group_heads >= 4 and wave * num_blocks >= 0.94 * common.MULTIPROCESSORS:
+            return chunks_of(wave, alternate=True)
+        if wave >= 4:
+            return chunks_of(wave // 2, last=wave)
+    return chunks_of(max(LEAST_HEADS, SUMS_IN_FLIGHT // (2 * 4 * num_rows * head_dim * group_heads)))
 
 
 def _row_stats(dout, out, v_mean, lse, t_mean, interpret):
@@ -91,9 +57,11 @@ def _row_stats(dout, out, v_mean, lse, t_mean, interpret):
     """
     batch, num_rows, heads, head_dim = dout.shape
     num_blocks = pl.cdiv(num_rows, BLOCK)
+    programs = common.Order(batch * heads, num_blocks, chunk=batch * heads)
 
     def kernel(do_ref, out_ref, v_mean_ref, lse_ref, t_mean_ref, stat_ref, *, operands, stat, ready):
-        batch_index, head, block = common.work_item(batch, heads)
+        head, block, _ = programs.at(lax.axis_index("item"))
+        batch_index, head = lax.div(head, heads), lax.rem(head, heads)
         rows = pl.ds(block * BLOCK, BLOCK)
         for i, ref in enumerate((do_ref, out_ref, v_mean_ref)):
             plgpu.copy_gmem_to_smem(ref.at[batch_index, rows, head], operands.at[i], ready)
@@ -141,7 +109,7 @@ def _gradients(query, probe, key, value, dout, stats, masks, *, scale, stages, i
     dtype = query.dtype
     c = scale * tiles.LOG2_E
     num_key_blocks, num_row_blocks = pl.cdiv(num_keys, KEYS), pl.cdiv(num_rows, BLOCK)
-    order = Order.of(batch * kv_heads, num_key_blocks, group_heads, num_rows, head_dim, masks)
+    programs = order(batch * kv_heads, num_key_blocks, group_heads, num_rows, head_dim, masks)
     halves = head_dim // 64
     visits = masks.visits()
 
@@ -153,7 +121,7 @@ def _gradients(query, probe, key, value, dout, stats, masks, *, scale, stages, i
         if not interpret:  # how many programs have added to a row block
             turns_taken = pl.get_global(plgpu.SemaphoreType.REGULAR((2, batch, heads, num_row_blocks)))
         group = lax.axis_index("group")
-        head, block, ascending = order.program(lax.axis_index("item"))
+        head, block, ascending = programs.at(lax.axis_index("item"))
         batch_index, kv_head = lax.div(head, kv_heads), lax.rem(head, kv_heads)
         key = block * KEYS
         visit = masks.visit(visit_refs, mask_refs, batch_index, block)

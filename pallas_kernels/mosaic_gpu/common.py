@@ -5,6 +5,7 @@ them read into a ring of slots in shared memory. In the forward pass the two tak
 elementwise work of one runs under the products of the other.
 """
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from pallas_kernels import blocks, tiles
 
 BLOCK = 64  # rows and keys of a tile: 128 keys do not fit the registers of a warpgroup
 GROUPS = 2  # computing warpgroups
+MULTIPROCESSORS = 132  # of an H100 SXM or H200
 COMPUTE_REGISTERS, COPY_REGISTERS = 240, 24  # of a thread; the most that three warpgroups can share
 
 
@@ -34,10 +36,35 @@ def launch(name: str, num_items: int, interpret: bool) -> dict:
     )
 
 
-def work_item(batch: int, heads: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(batch, head, block) of this program: every head's first block, then every head's second, in launch order."""
-    block, head = lax.div(lax.axis_index("item"), batch * heads), lax.rem(lax.axis_index("item"), batch * heads)
-    return lax.div(head, heads), lax.rem(head, heads), block
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """In which order programs start: chunk by chunk of heads, and in a chunk the first block of all heads first.
+
+    It decides what programs that run together find in the cache (docs/results/mosaic_gpu.md).
+
+    Attributes:
+      num_heads: heads, of all sequences.
+      num_blocks: programs of a head.
+      chunk: heads of a chunk.
+      last: the last chunk has at least so many.
+      alternate: the programs of every other chunk go the other way.
+    """
+
+    num_heads: int
+    num_blocks: int
+    chunk: int
+    last: int = 1
+    alternate: bool = False
+
+    def at(self, item):
+        """(head, block, whether it goes the other way) of the program that starts then; each head's blocks in order."""
+        num_chunks = max(1, (self.num_heads - self.last) // self.chunk + 1)
+        chunk = jnp.minimum(lax.div(item, self.chunk * self.num_blocks), num_chunks - 1)
+        first = chunk * self.chunk
+        count = jnp.where(chunk == num_chunks - 1, self.num_heads - first, self.chunk)
+        item -= first * self.num_blocks
+        other_way = lax.rem(chunk, 2) == 1 if self.alternate else False
+        return first + lax.rem(item, count), lax.div(item, count), other_way
 
 
 def swizzled(rows: int, columns: int, tiles: int, *, dtype) -> plgpu.SMEM:

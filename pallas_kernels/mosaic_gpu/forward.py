@@ -14,6 +14,13 @@ from pallas_kernels.mosaic_gpu import common
 from pallas_kernels.mosaic_gpu.common import BLOCK, GROUPS
 
 
+def order(num_heads: int, num_blocks: int, group_heads: int, masks) -> common.Order:
+    """Chunks of as many heads as run at once, or twice as many, in whole groups: programs that read the same keys."""
+    wave = max(1, common.MULTIPROCESSORS // num_blocks)
+    heads = wave if masks.has_window else 2 * wave
+    return common.Order(num_heads, num_blocks, chunk=group_heads * pl.cdiv(heads, group_heads))
+
+
 def forward(query, probe, key, value, mask, *, scale, stages, interpret):
     """Returns (out, v_mean, lse, t_mean); widths of heads and values are both 64 or both 128.
 
@@ -27,12 +34,14 @@ def forward(query, probe, key, value, mask, *, scale, stages, interpret):
     c = scale * tiles.LOG2_E
     num_row_blocks = pl.cdiv(num_queries, GROUPS * BLOCK)
     masks = common.Masks(mask, num_queries, num_keys)
+    programs = order(batch * heads, num_row_blocks, heads // kv_heads, masks)
 
     def kernel(q_ref, r_ref, k_ref, v_ref, *refs, **scratch):
         s = types.SimpleNamespace(**scratch)
         mask_refs, (out_ref, v_mean_ref, lse_ref, t_mean_ref) = refs[:-4], refs[-4:]
         group = lax.axis_index("group")
-        batch_index, head, block = common.work_item(batch, heads)
+        head, block, _ = programs.at(lax.axis_index("item"))
+        batch_index, head = lax.div(head, heads), lax.rem(head, heads)
         row = (num_row_blocks - 1 - block) * (GROUPS * BLOCK)  # the longest rows start first
         first, last, bounds = masks.key_bounds(mask_refs, batch_index, row)
 

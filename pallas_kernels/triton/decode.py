@@ -1,4 +1,4 @@
-"""Decode: a few new tokens against a long cache. Split-KV programs, then a merge of their states (`tiles.merge`).
+"""Decode: a few new tokens against a long cache. Split-KV programs, then a merge (`tiles.merged_output`).
 
 Time is the reading of keys and values, once: all query rows of a kv head's group share each tile, with their probes.
 Every program takes an equal share of the keys that its own sequence has, so ragged lengths stay balanced.
@@ -9,6 +9,7 @@ value, attends, and the last program of a head to finish merges the splits, alwa
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +18,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import blocks, device, tiles, triton
-from pallas_kernels.block_sizes import DECODE_MERGED_COLUMNS, DECODE_TURN, TritonDecodeBlockSizes, decode_rows
+from pallas_kernels.block_sizes import DECODE_TURN, TritonDecodeBlockSizes, decode_merge, decode_rows
 from pallas_kernels.triton import common
 
 MAX_QUERIES = 16  # more new tokens than this are a prefill: the forward kernel's work
-MERGED = 4096  # elements of an accumulator that a program of `append` merges at once
+MERGED = 2048  # elements of an accumulator that a warp of `append` merges at once
 
 
 @functools.partial(
@@ -92,12 +93,21 @@ def append(query, probe, key, value, counters, mask: blocks.Mask, page_table, fr
     Returns:
       The output (B, 1, N, Hv), key, value and counters. A token without a place in the cache is written nowhere.
     """
-    config = block_sizes or TritonDecodeBlockSizes.heuristic(query, key, value, mask, page_table)
-    if block_sizes is None and config.block_k * max(64, *(x.shape[3] for x in (key, value))) > 4096:
-        # Two warps have no registers for new rows beside a long tile.
-        config = dataclasses.replace(config, num_warps=max(4, config.num_warps))
+    heuristic = TritonDecodeBlockSizes.heuristic(query, key, value, mask, page_table)
+    config = block_sizes or _append_launch(heuristic, key, value)
     call = functools.partial(_decode, scale=scale, config=config)
     return device.run(call, query, probe, key, value, counters, mask, page_table, fresh)
+
+
+def _append_launch(config: TritonDecodeBlockSizes, key, value) -> TritonDecodeBlockSizes:
+    """The launch of `append` where plain decode has `config`."""
+    changes = {}
+    if config.block_k * max(64, key.shape[3], value.shape[3]) > 4096:
+        changes["num_warps"] = max(4, config.num_warps)  # two have no registers for new rows beside a long tile
+    if config.num_splits >= 32 and any(name in device.target()[1] for name in device.HOPPER):
+        # One program merges them all: half as many, each with more tiles on their way.
+        changes |= {"num_splits": config.num_splits // 2, "num_stages": 5}
+    return dataclasses.replace(config, **changes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,20 +188,27 @@ def _sums(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _turned(ref, gain_ref, rotation, epsilon, b, heads, columns, inside):
-    """Rows of token 0 of `heads`, normed and rotated."""
+    """Loads rows of token 0 of `heads`; returns a function that norms and rotates them, when all is asked for."""
     width = ref.shape[3]
     load = lambda columns: plt.load(ref.at[b, heads * 0, heads, columns], mask=inside, other=0.0).astype(jnp.float32)
     factor = lambda ref, columns: plt.load(ref.at[columns], mask=inside, other=0.0).astype(jnp.float32)
     partners = _divmod(columns + width // 2, width)[1]
     x, y = load(columns), load(partners)
-    if gain_ref is not None:
-        # Not ** -0.5, whose branches hold up the loads after them.
-        inverse = tiles.spread(lax.rsqrt(jnp.sum(x * x, axis=1) / width + epsilon), x)
-        x, y = (z * inverse * factor(gain_ref, at) for z, at in ((x, columns), (y, partners)))
+    gains = None if gain_ref is None else (factor(gain_ref, columns), factor(gain_ref, partners))
+    factors = None
     if rotation is not None:
-        own, partner = (plt.load(ref.at[b, columns], mask=inside, other=0.0) for ref in rotation)
-        x = x * own + y * partner
-    return x.astype(ref.dtype)
+        factors = [plt.load(ref.at[b, columns], mask=inside, other=0.0) for ref in rotation]
+
+    def turn():
+        rows = x, y
+        if gains is not None:
+            # Not ** -0.5, whose branches hold up the loads after them.
+            inverse = tiles.spread(lax.rsqrt(jnp.sum(x * x, axis=1) / width + epsilon), x)
+            rows = [z * inverse * gain for z, gain in zip(rows, gains, strict=True)]
+        turned = rows[0] if factors is None else rows[0] * factors[0] + rows[1] * factors[1]
+        return turned.astype(ref.dtype)
+
+    return turn
 
 
 @dataclasses.dataclass
@@ -199,15 +216,15 @@ class _New:
     """The new token of one kv head in one program.
 
     Attributes:
-      key: (16, padded H) tile whose row 0 is the key, normed and rotated.
-      value: (16, padded Hv) tile whose row 0 is the value.
+      turn: gives the key (1, padded H), normed and rotated.
+      value: (1, padded Hv).
       is_new: whether there is one.
       sequence: sequence or page of the cache in which it belongs.
       row: its row there.
       has_place: whether there is such a place.
     """
 
-    key: jax.Array
+    turn: Callable[[], jax.Array]
     value: jax.Array
     is_new: jax.Array
     sequence: jax.Array
@@ -227,28 +244,45 @@ class _New:
             page = pages_ref[b, jnp.minimum(number, pages_ref.shape[1] - 1)]
             place = page, row, is_new & (number < pages_ref.shape[1]) & (page >= 0) & (page < num_pages)
         heads, columns, inside = cls._tile(kv, fresh.key.shape[3])
-        key = _turned(fresh.key, fresh.gains[2], fresh.rotations[2], fresh.epsilon, b, heads, columns, inside)
+        turn = _turned(fresh.key, fresh.gains[2], fresh.rotations[2], fresh.epsilon, b, heads, columns, inside)
         heads, columns, inside = cls._tile(kv, fresh.value.shape[3])
         value = plt.load(fresh.value.at[b, heads * 0, heads, columns], mask=inside, other=0.0)
-        return cls(key, value, is_new, *place)
+        return cls(turn, value, is_new, *place)
 
     @staticmethod
     def _tile(kv, width: int):
         """Head and column of each element, and which are there."""
-        shape = (16, common.padded(width))
-        column = lax.broadcasted_iota(jnp.int32, shape, 1)
-        return kv + column * 0, column, (lax.broadcasted_iota(jnp.int32, shape, 0) == 0) & (column < width)
+        column = lax.broadcasted_iota(jnp.int32, (1, common.padded(width)), 1)
+        return kv + column * 0, column, column < width
 
-    def store(self, key_ref, value_ref, kv, here):
+    @staticmethod
+    def tile(x: jax.Array) -> jax.Array:
+        """16 rows, of which the first is `x` and the others are 0."""
+        shape = (16, x.shape[1])
+        return jnp.where(lax.broadcasted_iota(jnp.int32, shape, 0) == 0, jnp.broadcast_to(x, shape), jnp.zeros_like(x))
+
+    def store(self, key_ref, value_ref, key, kv, here):
         """Writes it to the cache, where `here` says that this program does."""
-        for ref, x in ((key_ref, self.key), (value_ref, self.value)):
+        for ref, x in ((key_ref, key), (value_ref, self.value)):
             heads, columns, inside = self._tile(kv, ref.shape[3])
-            rows = self.row + lax.broadcasted_iota(jnp.int32, x.shape, 0)
-            plt.store(ref.at[self.sequence, rows, heads, columns], x, mask=inside & (here & self.has_place))
+            at = ref.at[self.sequence, self.row + columns * 0, heads, columns]
+            plt.store(at, x, mask=inside & (here & self.has_place))
 
 
 def _kernel(
-    q_ref, r_ref, k_ref, v_ref, counters, mask, pages_ref, fresh, *out_refs, config, scale, rows: _Rows, interpret: bool
+    q_ref,
+    r_ref,
+    k_ref,
+    v_ref,
+    counters,
+    mask,
+    pages_ref,
+    fresh,
+    *out_refs,
+    config,
+    scale,
+    rows: _Rows,
+    interpret: bool,
 ):
     num_queries = q_ref.shape[1]
     num_pages, page_size, num_kv_heads, value_dim = v_ref.shape
@@ -264,11 +298,12 @@ def _kernel(
     dot = functools.partial(common.dot, precision=precision)
 
     def read(tokens, heads, columns, inside_q, inside_r):
-        """Tiles of queries and, where there are any, probes."""
+        """Loads tiles of queries and, where there are any, probes; returns functions that give them."""
 
         def load(i, ref, inside):
             if fresh is None:
-                return plt.load(ref.at[b, tokens, heads, columns], mask=inside, other=0.0)
+                x = plt.load(ref.at[b, tokens, heads, columns], mask=inside, other=0.0)
+                return lambda: x
             return _turned(ref, fresh.gains[i], fresh.rotations[i], fresh.epsilon, b, heads, columns, inside)
 
         q = load(0, q_ref, inside_q)
@@ -277,15 +312,15 @@ def _kernel(
     if rows.size == 8:
         # Rows 0 to 7 of one tile are queries, the others their probes: each product with keys or values is one.
         both = jnp.arange(16)
-        each = lax.rem(both, 8)
-        half, tokens, heads, columns, inside = rows.spread(q_ref.shape[3], each, *rows.read(each, kv))
+        of_row = lax.rem(both, 8)
+        half, tokens, heads, columns, inside = rows.spread(q_ref.shape[3], of_row, *rows.read(of_row, kv))
         is_query = lax.broadcast_in_dim(both < 8, half.shape, (0,))
-        qr = functools.reduce(jnp.add, read(tokens, heads, columns, inside & is_query, inside & ~is_query))
-        scores, sums = lambda k: _unstack(dot(qr, k)), _sums
+        loaded = read(tokens, heads, columns, inside & is_query, inside & ~is_query)
+        scores, sums = lambda k: _unstack(dot(each[0], k)), _sums
         add = lambda o, p, v: _unstack(_stack(*o) + dot(_stack(*p).astype(v.dtype), v))
     else:
         _, tokens, heads, columns, inside = rows.spread(q_ref.shape[3], row, token, head)
-        each = read(tokens, heads, columns, inside, inside)
+        loaded = read(tokens, heads, columns, inside, inside)
         scores, sums = lambda k: [dot(x, k) for x in each], tiles.sums
         add = lambda o, p, v: [o_ + dot(p_.astype(v.dtype), v) for o_, p_ in zip(o, p, strict=True)]
 
@@ -294,6 +329,9 @@ def _kernel(
     if fresh is not None:
         length = jnp.minimum(offset, num_keys)  # what the cache holds: the new key is at hand
         new = _New.read(k_ref, fresh, pages_ref, b, kv, is_new=mask.lengths[b] > offset, offset=offset)
+    each = [give() for give in loaded]
+    if rows.size == 8:
+        each = [functools.reduce(jnp.add, each)]
     sight = {"offset": offset, "length": length, "is_causal": True, "window": mask.window}
     first_token, _ = _divmod(block * rows.size, rows.group)
     num_tokens = num_queries if rows.blocks == 1 else pl.cdiv(rows.size, rows.group) + 1
@@ -357,18 +395,22 @@ def _kernel(
     state = tiles.initial_state((rows.size,), common.padded(value_dim))
     if r_ref is None:
         state = state._replace(t_mean=None, o2=None)
-    if fresh is not None and not interpret:
-        state = state._replace(m=common.release_next(state.m))
     first = b if pages_ref is None else page_of(place(start))
     _, state = lax.fori_loop(start, stop, step, (first, state))
     if fresh is not None:
-        # The last split has the fewest keys.
-        is_last = split == config.num_splits - 1
+        is_last = split == config.num_splits - 1  # it has the fewest keys
         only = lax.broadcasted_iota(jnp.int32, (rows.size, 16), 1) == 0
-        state = absorb(state, new.key.T, new.value, only & new.is_new & is_last)
         out_ref, key_out, value_out, *rest = out_refs
-        new.store(key_out, value_out, kv, is_last & (block == 0))
         counters, out_refs = rest or (None, out_refs)
+
+        def take(state):
+            new_key = new.turn()
+            new.store(key_out, value_out, new_key, kv, block == 0)
+            return absorb(state, new.tile(new_key).T, new.tile(new.value), only & new.is_new)
+
+        state = take(state) if config.num_splits == 1 else lax.cond(is_last, take, lambda state: state, state)
+        if not interpret:  # not before: the next kernel's programs would crowd where the first of these end
+            state = state._replace(m=common.release_next(state.m))
 
     rows_v, tokens, heads, columns, inside = rows.spread(value_dim, row, token, head)
     if config.num_splits == 1:
@@ -388,12 +430,12 @@ def _kernel(
 
     @pl.when(arrived == config.num_splits - 1)
     def _():
-        count = min(rows.size, pl.next_power_of_2(rows.total))
-        width = common.padded(value_dim)
-        size = min(count, max(1, MERGED // (config.num_splits * width)))
+        width, held = common.padded(value_dim), min(rows.size, pl.next_power_of_2(rows.total))
+        # Few rows at once, each of which is code of its own.
+        size = min(held, 4, max(1, MERGED * config.num_warps // (config.num_splits * width)))
         states, first = tiles.State(*out_refs), block * rows.size
         merge = lambda i, _: _merge(states, out_ref, b, kv, first + i * size, size, rows, 0, width)
-        lax.fori_loop(0, count // size, merge, None)
+        lax.fori_loop(0, held // size, merge, None)
         counters[program * rows.blocks + block] = 0  # for the next layer
 
 
@@ -406,25 +448,28 @@ def _merge_kernel(state_refs: tiles.State, out_ref, *, rows: _Rows, width: int):
 
 
 def _merge(state_refs: tiles.State, out_ref, b, kv, first, size: int, rows: _Rows, first_column, width: int) -> None:
-    """Merges the splits' states of `size` rows and `width` columns from the first of each on; writes their output."""
+    """Merges the splits' states of `size` rows and `width` columns from the first of each on; writes their output.
+
+    Tiles of two axes alone: a third, of rows, costs moves between layouts that take longer than the sums.
+    """
     num_splits, value_dim = state_refs.o1.shape[3:]
-    shape = (num_splits, size, width)
-    split, row, column = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in range(3))
-    inside = (first + row < rows.total) & (first_column + column < value_dim)
+    split = jnp.arange(num_splits)
+    shape = (num_splits, width)
+    splits, column = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in range(2))
+    column += first_column
 
-    def load(ref):
-        if ref.ndim == 5:
-            at = ref.at[b, kv, first + row, split, first_column + column]
-            return plt.load(at, mask=inside, other=0.0)
-        split_, row_ = (lax.broadcasted_iota(jnp.int32, shape[:2], axis) for axis in range(2))
-        return plt.load(ref.at[b, kv, first + row_, split_], mask=first + row_ < rows.total, other=0.0)
+    def load(ref, row):
+        if ref.ndim == 4:
+            return plt.load(ref.at[b, kv, row, split], mask=split * 0 + row < rows.total, other=0.0)
+        return plt.load(ref.at[b, kv, row, splits, column], mask=(row < rows.total) & (column < value_dim), other=0.0)
 
-    out, *_ = tiles.finish(tiles.merge(jax.tree.map(load, state_refs)))
-    row, column = (lax.broadcasted_iota(jnp.int32, shape[1:], axis) for axis in range(2))
-    row, column = first + row, first_column + column
-    token, head = rows.read(row, kv)
-    inside = (row < rows.total) & (column < value_dim)
-    plt.store(out_ref.at[b, token, head, column], out.astype(out_ref.dtype), mask=inside)
+    numbers = [first + i for i in range(size)]
+    loaded = [jax.tree.map(functools.partial(load, row=row), state_refs) for row in numbers]  # all before the first sum
+    column = first_column + jnp.arange(width)
+    for row, states in zip(numbers, loaded, strict=True):
+        token, head = rows.read(row, kv)
+        out = tiles.merged_output(states).astype(out_ref.dtype)
+        plt.store(out_ref.at[b, token, head, column], out, mask=(row < rows.total) & (column < value_dim))
 
 
 def _decode(
@@ -470,13 +515,12 @@ def _decode(
         return *results[:3], counters if config.num_splits == 1 else results[3]
     if config.num_splits == 1:
         return results[0]
-    # One warp, which reduces over the splits within its threads; few columns, so that many programs load.
-    width = min(common.padded(value_dim), max(16, DECODE_MERGED_COLUMNS // config.num_splits))
+    width, num_warps = decode_merge(config.num_splits, common.padded(value_dim))
     return pl.pallas_call(
         functools.partial(_merge_kernel, rows=rows, width=width),
         out_shape=out,
         grid=common.grid_size(batch, num_kv_heads, rows.total, pl.cdiv(value_dim, width)),
-        compiler_params=plt.CompilerParams(num_warps=1, num_stages=1),
+        compiler_params=plt.CompilerParams(num_warps=num_warps, num_stages=1),
         interpret=interpret,
         name="parallax_decode_merge",
     )(results)

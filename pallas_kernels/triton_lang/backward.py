@@ -13,12 +13,12 @@ from pallas_kernels.triton_lang import common, launch, tiles
 
 
 @triton.jit
-def _rows_step(dqr, qr, do, stats, k_ptr, v_ptr, sight, kv, row, key, masked, call):
+def _rows_step(dqr, qr, do, stats, k_ptr, v_ptr, sight, row, key, masked, call):
     lse, t_mean, tau, beta = stats
     b, end = sight[2], sight[4]
     limit = end if masked else None
-    k = common.load_rows(k_ptr, b, key, limit, kv, call.keys, call.kv_heads, call.head_dim, call.block_k)
-    v = common.load_rows(v_ptr, b, key, limit, kv, call.keys, call.kv_heads, call.value_dim, call.block_k)
+    k = common.load_rows(k_ptr, b, key, limit, 0, call.keys, call.kv_heads, call.head_dim, call.block_k)
+    v = common.load_rows(v_ptr, b, key, limit, 0, call.keys, call.kv_heads, call.value_dim, call.block_k)
     visible = None
     if masked:
         rows = (row + tl.arange(0, call.block_q))[:, None]
@@ -58,7 +58,10 @@ def parallax_backward_rows(
     if call.is_causal:
         block = call.row_blocks - 1 - block  # longest rows first
     b, n = head // call.heads, head % call.heads
+    # Offsets of heads are not taken in the loops: see `forward`.
     kv = n // call.heads_per_kv
+    k_ptr += kv * call.head_dim
+    v_ptr += kv * call.value_dim
     row = block * call.block_q
     limit: tl.constexpr = call.row_limit
     block_q: tl.constexpr = call.block_q
@@ -83,7 +86,7 @@ def parallax_backward_rows(
     for part in tl.static_range(3):
         if part == 1 or (part == 0 and call.hides_start) or (part == 2 and call.hides_end):
             for j in tl.range(bounds[part], bounds[part + 1], num_stages=call.num_stages):
-                dqr = _rows_step(dqr, qr, do, stats, k_ptr, v_ptr, sight, kv, row, j * call.block_k, part != 1, call)
+                dqr = _rows_step(dqr, qr, do, stats, k_ptr, v_ptr, sight, row, j * call.block_k, part != 1, call)
     dq, dr = tiles.unstack(dqr)
     common.store_rows(dq_ptr, dq * call.scale, b, row, limit, n, call.queries, call.heads, call.head_dim, call.block_q)
     common.store_rows(dr_ptr, dr, b, row, limit, n, call.queries, call.heads, call.head_dim, call.block_q)

@@ -1,4 +1,4 @@
-"""Decode: a few new tokens against a long cache. Split-KV programs, then a merge of their states (`tiles.merge`).
+"""Decode: a few new tokens against a long cache. Split-KV programs, then a merge of their states.
 
 Time is the reading of keys and values, once: all query rows of a kv head's group share each tile, with their probes.
 Every program takes an equal share of the keys that its own sequence has, so ragged lengths stay balanced.
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from pallas_kernels import blocks, triton_lang
-from pallas_kernels.block_sizes import DECODE_MERGED_COLUMNS, DECODE_TURN, TritonLangDecodeBlockSizes, decode_rows
+from pallas_kernels.block_sizes import DECODE_TURN, TritonLangDecodeBlockSizes, decode_merge, decode_rows
 from pallas_kernels.triton_lang import common, launch, tiles
 
 MAX_QUERIES = 16  # more new tokens than this are a prefill: the forward kernel's work
@@ -67,8 +67,7 @@ class Call(common.Scores):
     rows = property(lambda self: self.queries * self.group)
     capacity = property(lambda self: self.page_size * max(self.table_width, 1))
     value_width = property(lambda self: common.padded(self.value_dim))
-    # Few columns for a program of the merge, so that many programs load.
-    merged_columns = property(lambda self: min(self.value_width, max(16, DECODE_MERGED_COLUMNS // self.num_splits)))
+    merged_columns = property(lambda self: decode_merge(self.num_splits, self.value_width)[0])
     merge_programs = property(lambda self: -(-self.value_dim // self.merged_columns))
     # Whether the rows of a tile may lie in several pages.
     scattered = property(lambda self: self.table_width > 0 and self.page_size % self.block_k > 0)
@@ -252,12 +251,11 @@ def parallax_decode_merge(m_ptr, d1_ptr, t_mean_ptr, o1_ptr, o2_ptr, out_ptr, ca
     inside = tl.broadcast_to((column < call.value_dim)[None, :], (call.num_splits, call.merged_columns))
     o1 = tl.load(o1_ptr + values, mask=inside, other=0.0)
     o2 = tl.load(o2_ptr + values, mask=inside, other=0.0)
-    _, d1, _, o1, o2 = tiles.merge(tl.load(m_ptr + at), tl.load(d1_ptr + at), tl.load(t_mean_ptr + at), o1, o2)
+    out = tiles.merged_output(tl.load(m_ptr + at), tl.load(d1_ptr + at), tl.load(t_mean_ptr + at), o1, o2)
     token = tl.cast(program // call.kv_heads, tl.int64) * call.queries + row // call.group
     head = program % call.kv_heads * call.group + row % call.group
-    inverse = tl.where(d1 == 0, 0.0, 1.0 / tiles.nonzero(d1))
     pointers = out_ptr + (token * call.heads + head) * call.value_dim + column
-    tl.store(pointers, ((o1 - o2) * inverse).to(out_ptr.dtype.element_ty), mask=column < call.value_dim)
+    tl.store(pointers, out.to(out_ptr.dtype.element_ty), mask=column < call.value_dim)
 
 
 def _decode(query, probe, key, value, mask, page_table, *, scale, config: TritonLangDecodeBlockSizes):
@@ -299,7 +297,7 @@ def _decode(query, probe, key, value, mask, page_table, *, scale, config: Triton
         config=config,
         call=call,
     )
-    merging = dataclasses.replace(config, num_warps=1, num_stages=1)  # one warp, which reduces within its threads
+    merging = dataclasses.replace(config, num_warps=decode_merge(call.num_splits, call.value_width)[1], num_stages=1)
     programs = batch * num_kv_heads * call.rows * call.merge_programs
     return launch.launch(parallax_decode_merge, states, (out,), programs=programs, config=merging, call=call)[0]
 

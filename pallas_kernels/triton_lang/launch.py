@@ -60,15 +60,15 @@ def launch(kernel, arrays, outputs, *, programs: int, config, **constants):
         name=kernel.__name__,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        compute_capability=_compute_capability(),
+        compute_capability=capability(),
         **constants,
     )
 
 
-def _compute_capability() -> int | None:
-    """Of the GPU that is compiled for; None where it is there and jax-triton can ask it, or is not known."""
+def capability() -> int | None:
+    """Compute capability of the GPU that is there or compiled for, 90 for 9.0; None where it is not known."""
     if jax.default_backend() == "gpu":
-        return None
+        return int(jax.devices()[0].compute_capability.replace(".", ""))
     kind = device.target()[1]
     return next((capability for name, capability in CAPABILITIES.items() if name in kind), None)
 
@@ -108,6 +108,6 @@ def unavailable() -> str | None:
         return None
     if platform != "gpu":
         return "implementation: runs on GPUs; on a CPU in Triton's interpreter, with TRITON_INTERPRET=1"
-    if jax.default_backend() != "gpu" and _compute_capability() is None:
+    if jax.default_backend() != "gpu" and capability() is None:
         return f"implementation: compiles here for {', '.join(CAPABILITIES)} only, got {kind}"
     return None

@@ -76,17 +76,28 @@ def sums(x, y):
 
 
 @triton.jit
-def weigh(state, s1, s2, visible, call: tl.constexpr):
-    """The state moved to the tile's maximum and mean, and the weights p and p (t - t_mean)."""
-    m, d1, t_mean, o1, o2 = state
+def sums_in_threads(x):
+    """Sums of a tile over every eighth key, (rows, 8): in a tensor core's layout no thread needs another's numbers."""
+    return tl.sum(x.reshape(x.shape[0], x.shape[1] // 8, 8), 1)
+
+
+@triton.jit
+def softmax_weights(m, s1, visible, call: tl.constexpr):
+    """The tile's new maximum, the factor for the old sums and the weights 2^(s - m)."""
     if call.scores_first:
         s1 = s1 * call.c
     if visible is not None:
         s1 = tl.where(visible, s1, float("-inf"))
     m_new = tl.maximum(m, tl.max(s1, 1) * call.positive_c)
     m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)
-    a = tl.exp2(m - m_finite)
-    p = tl.exp2(s1 * call.positive_c - m_finite[:, None])
+    return m_new, tl.exp2(m - m_finite), tl.exp2(s1 * call.positive_c - m_finite[:, None])
+
+
+@triton.jit
+def weigh(state, s1, s2, visible, call: tl.constexpr):
+    """The state moved to the tile's maximum and mean, and the weights p and p (t - t_mean)."""
+    m, d1, t_mean, o1, o2 = state
+    m_new, a, p = softmax_weights(m, s1, visible, call)
     old = a * d1
     p_sum, t_sum = sums(p, p * s2)
     d1 = old + p_sum
@@ -97,14 +108,20 @@ def weigh(state, s1, s2, visible, call: tl.constexpr):
 
 
 @triton.jit
-def merge(m, d1, t_mean, o1, o2):
-    """Merges states of one row over disjoint keys, stacked along axis 0."""
+def from_fixed_centre(m, d1, d2, o1, o2, centre):
+    """The state from sums over t - centre: d2 = sum 2^(s - m) (t - centre), o2 the same times v."""
+    shift = d2 / nonzero(d1)
+    return m, d1, centre + shift, o1, o2 - shift[:, None] * o1
+
+
+@triton.jit
+def merged_output(m, d1, t_mean, o1, o2):
+    """`tiles.merged_output` of the states of one row."""
     m_all = tl.max(m, 0)
     a = tl.exp2(m - tl.where(m_all == float("-inf"), 0.0, m_all))
-    d1_all = tl.sum(a * d1, 0)
-    t_all = tl.sum(a * d1 * t_mean, 0) / nonzero(d1_all)
-    o2_all = tl.sum(a[:, None] * (o2 + (t_mean - t_all)[:, None] * o1), 0)
-    return m_all, d1_all, t_all, tl.sum(a[:, None] * o1, 0), o2_all
+    share = a * (1.0 / nonzero(tl.sum(a * d1, 0)))
+    own = share * (1.0 - (t_mean - tl.sum(share * d1 * t_mean, 0)))
+    return tl.sum(own[:, None] * o1 - share[:, None] * o2, 0)
 
 
 @triton.jit

@@ -1,6 +1,7 @@
 import pytest
 
 from benchmarks import roofline
+from benchmarks.decode import Shape
 
 COLUMNS = ["ID", "Kernel Name", "Grid Size", roofline.TENSOR, roofline.BYTES, roofline.TIME, *roofline.FP32]
 UNITS = ["", "", "", "", "byte", "ns", "inst", "inst", "inst"]
@@ -22,9 +23,10 @@ def log(calls) -> str:
 
 
 def test_counters_are_summed_over_a_calls_kernels(tmp_path):
-    found = roofline.rows(log(CALLS), ["B 1 L 16384 heads 8:8 D 128"])
+    found = roofline.rows(log(CALLS), [Shape(1, 16384)])
     assert [row["name"] for row in found] == list(roofline.NAMES)
     assert [row["bytes"] for row in found] == [1010, 1005, 1001]
+    assert [row["needed_flop"] for row in found] == [8 * 8 * 16384 * 128, *[4 * 8 * 16384 * 128] * 2]
     assert [row["tensor_flop"] for row in found] == [4000, 4000, 2000]
     assert found[0]["flop"] == 4000 + 11 + 2 + 2 * 3
     assert [row["ns"] for row in found] == [22, 20, 32]
@@ -35,4 +37,4 @@ def test_counters_are_summed_over_a_calls_kernels(tmp_path):
 
 def test_a_missing_call_is_an_error():
     with pytest.raises(RuntimeError, match="2 calls of 3"):
-        roofline.rows(log(CALLS[:-2]), ["any"])
+        roofline.rows(log(CALLS[:-2]), [Shape(1, 16384)])
