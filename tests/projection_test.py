@@ -72,7 +72,8 @@ def test_long_products_leave_the_registers():
 
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
 @pytest.mark.parametrize("depth", [64, 100])
-def test_shares_are_added_by_the_next_product(depth, dtype, tolerance):
+@pytest.mark.parametrize("launch", [None, Launch(16, 32, 4, 2)], ids=["held", "tensor cores"])
+def test_shares_are_added_by_the_next_product(launch, depth, dtype, tolerance):
     """Three shares that rows do not fill, one of them empty; the stream comes back with the product added."""
     x, gain, hidden, down, *weights = normal(
         3, (1, 40), (40,), (1, depth), (depth, 40), (40, 24), (40, 56), dtype=dtype
@@ -82,7 +83,9 @@ def test_shares_are_added_by_the_next_product(depth, dtype, tolerance):
     assert stream.parts.shape == (3, 40)
     expected = x + hidden @ down
     close(stream.whole(), expected, tolerance)
-    *outs, whole = jax.jit(lambda stream, gain, *w: project(stream, w, gain=gain))(stream, gain, *weights)
+    *outs, whole = jax.jit(lambda stream, gain, *w: project(stream, w, gain=gain, launch=launch))(
+        stream, gain, *weights
+    )
     assert whole.parts is None
     np.testing.assert_array_equal(whole.x, stream.whole())
     normed = RMSNorm(1e-6).apply({"params": {"scale": gain}}, whole.x)

@@ -97,6 +97,8 @@ def project(
       stream that this becomes, with parts where the launch has shares.
     """
     launch = launch or _launch(stream.x.shape[0], weights, gated, residual is not None)
+    if launch.num_stages > 1:
+        stream = Stream(stream.whole())  # the kernel adds parts in registers only
     call = functools.partial(_project, epsilon=epsilon, gated=gated, launch=launch)
     return device.run(call, stream, gain, residual, tuple(weights), tuple(ahead))
 
