@@ -274,7 +274,7 @@ def show(row: dict) -> None:
 # (keys in a tile of head width 128, warps, stages) by the programs that a core is to hold at once: no more stages than
 # its shared memory has room for.
 LAUNCHES = {
-    1: ((64, 4, 3), (64, 4, 5), (64, 4, 7), (64, 2, 3), (128, 4, 3), (128, 8, 4), (32, 2, 4)),
+    1: ((64, 4, 3), (64, 4, 5), (64, 4, 7), (64, 2, 3), (128, 4, 3), (128, 8, 4), (32, 2, 4), (32, 4, 2)),
     2: ((32, 2, 4), (32, 2, 6), (64, 4, 3), (64, 4, 4), (64, 2, 3), (64, 2, 4)),
     4: ((32, 1, 4), (32, 2, 4), (32, 1, 3), (16, 1, 6)),
     8: ((16, 1, 3), (32, 1, 2), (16, 2, 3)),
