@@ -219,7 +219,8 @@ def _orthogonalise_group(layouts, split, config: OptimizerConfig, leaves):
         matrices.append(x.transpose(*itertools.chain(*layout)).reshape(sizes).astype(config.newton_schulz_dtype))
     x = jnp.concatenate(matrices)
     count, shares = len(x), math.prod(mesh.shape[name] for name in rows + columns + copies)
-    x = jnp.pad(x, ((0, -count % shares), (0, 0), (0, 0)))
+    # As one array: XLA for CPUs may hand its pieces to the all-to-all in different layouts, which it then refuses.
+    x = lax.optimization_barrier(jnp.pad(x, ((0, -count % shares), (0, 0), (0, 0))))
     for axis, names in ((1, rows), (2, columns)):
         if names:
             x = lax.all_to_all(x, names, 0, axis, tiled=True)
