@@ -192,11 +192,6 @@ def release_next(x: jax.Array) -> jax.Array:
     return plt.elementwise_inline_asm(asm, args=[x], constraints="=f,f", pack=1, result_shape_dtypes=[shape])[0]
 
 
-def first_elements(arrays: Sequence[jax.Array]) -> tuple[pl.BlockSpec, ...]:
-    """Specs of operands for `prefetch`."""
-    return tuple(pl.BlockSpec((1,) * x.ndim, lambda i, x=x: (0,) * x.ndim) for x in arrays)
-
-
 def prefetch(refs, sizes: Sequence[int], programs: int) -> jax.Array:
     """Asks the device to read arrays into its L2 cache, each of `programs` programs its share; nobody waits for it.
 

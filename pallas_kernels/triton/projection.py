@@ -316,12 +316,14 @@ def _project(stream: Stream, gain, residual, weights, ahead, *, epsilon, gated, 
     if stream.parts is not None:
         outs.append(jax.ShapeDtypeStruct(stream.x.shape, stream.x.dtype))
     whole = jax.tree.map(lambda _: pl.BlockSpec(), (stream, gain, residual, weights))
+    # Of what is read ahead the kernel takes addresses alone.
+    firsts = tuple(pl.BlockSpec((1,) * x.ndim, lambda i, x=x: (0,) * x.ndim) for x in ahead)
     sizes = [w.nbytes for w in ahead]
     results = pl.pallas_call(
         functools.partial(_kernel, epsilon=epsilon, gated=gated, launch=launch, sizes=sizes, interpret=interpret),
         out_shape=tuple(outs),
         grid=(_programs(weights[:1] if gated else weights, launch) * launch.splits,),
-        in_specs=(*whole, common.first_elements(ahead)),
+        in_specs=(*whole, firsts),
         compiler_params=plt.CompilerParams(num_warps=launch.num_warps, num_stages=launch.num_stages),
         interpret=interpret,
         name="project",
