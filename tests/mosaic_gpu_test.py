@@ -30,7 +30,7 @@ def gpu(kind: str) -> AbstractMesh:
     [
         (Workload("shared_keys", 1, 70, 2, 64, keys=40, kv_heads=1, query_offset=-5), "bfloat16"),
         (Workload("wide", 1, 200, 1, 128, keys=300, query_offset=60), "bfloat16"),
-        (Workload("both_directions", 1, 200, 8, 64, kv_heads=2), "bfloat16"),
+        (Workload("both_directions", 1, 130, 8, 64, kv_heads=2), "bfloat16"),
         (Workload("full", 1, 130, 1, 64, keys=140, is_causal=False), "float16"),
         (
             Workload("masks", 1, 136, 2, 40, kv_heads=1, value_dim=50, segments=2, window=50, ragged=True, scale=-0.2),
