@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from pallas_kernels import tiles
-from pallas_kernels.block_sizes import TritonDecodeBlockSizes, XlaBlockSizes
+from pallas_kernels.block_sizes import TritonDecodeBlockSizes, XlaBlockSizes, shared_memory_limit
 from pallas_kernels.blocks import Mask
 from pallas_kernels.triton import decode as triton_decode
 from parallax_jax import parallax_decode
@@ -32,7 +32,7 @@ class TestXla(DecodeConformance):
 
 class TestTriton(DecodeConformance):
     implementation = "triton"
-    block_sizes = tuple(  # with 32 splits the merge takes the columns of a row in programs of 32
+    block_sizes = tuple(  # with 32 splits the merge takes the columns of a row in programs of 16
         TritonDecodeBlockSizes(*sizes, 2, 2, rotate)
         for *sizes, rotate in ((16, 1, False), (32, 2, False), (16, 32, False), (16, 1, True), (16, 2, True))
     )
@@ -109,6 +109,18 @@ def test_bad_arguments(changes, message):
     with pytest.raises(ValueError) as raised:
         parallax_decode(**operands(**changes))
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(("width", "stages"), [(128, 5), (512, 3)])
+def test_a_step_on_hopper_has_tiles_that_fit(width, stages):
+    """Half the splits of plain decode, and as many stages as shared memory holds."""
+    shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.bfloat16)
+    query, key = shape(1, 1, 16, width), shape(1, 4096, 8, width)
+    plain = TritonDecodeBlockSizes.heuristic(query, key, key, Mask(None), None)
+    with jax.sharding.use_abstract_mesh(H100):
+        step = triton_decode._append_launch(plain, key, key)
+    assert (step.num_splits, step.num_stages) == (plain.num_splits // 2, stages)
+    assert 2 * step.num_stages * step.block_k * width * 2 <= shared_memory_limit("H100")
 
 
 @pytest.mark.parametrize("splits", [1, 4])

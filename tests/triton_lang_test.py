@@ -79,7 +79,7 @@ class TestInterpreted(Conformance):
 @pytest.mark.usefixtures("only_triton_lang")
 class TestInterpretedDecode(DecodeConformance):
     implementation = "triton"
-    block_sizes = tuple(  # with 32 splits the merge takes the columns of a row in programs of 32
+    block_sizes = tuple(  # with 32 splits the merge takes the columns of a row in programs of 16
         TritonLangDecodeBlockSizes(*sizes, 2, 2, rotate)
         for *sizes, rotate in ((16, 1, False), (16, 1, True), (32, 2, False), (16, 32, True))
     )

@@ -40,9 +40,9 @@ def order(num_heads: int, num_blocks: int, group_heads: int, num_rows: int, head
     """The order of programs: of those measured on an H100 and an H200, one that is good on both."""
     chunks_of = functools.partial(common.Order, num_heads, num_blocks)
     wave = common.MULTIPROCESSORS // num_blocks
-    if masks.has_window:
+    if masks.mask.window is not None:
         return chunks_of(1)
-    if masks.is_plain and masks.is_causal and group_heads > 1:
+    if masks.is_plain and masks.mask.is_causal and group_heads > 1:
         if group_heads >= 4 and wave * num_blocks >= 0.94 * common.MULTIPROCESSORS:
             return chunks_of(wave, alternate=True)
         if wave >= 4:

@@ -229,16 +229,14 @@ class Masks:
       arrays: the kernel's inputs; it hands their references back as `refs`.
       spans: inputs after these for a kernel over rows: which keys each block's segments span, if there are segments.
       is_plain: causal or full, nothing else.
-      is_causal: no row sees later keys.
-      has_window: nor those that are too far back.
+      mask: the mask itself.
       num_row_blocks: blocks of 64 rows.
     """
 
     def __init__(self, mask: blocks.Mask, num_queries: int, num_keys: int):
-        self._mask, self._num_keys = mask, num_keys
+        self.mask, self._num_keys = mask, num_keys
         self._static = dict(num_queries=num_queries, is_causal=mask.is_causal, window=mask.window)
         self.is_plain = mask.window is None and mask.segment_ids is None and mask.lengths is None
-        self.is_causal, self.has_window = mask.is_causal, mask.window is not None
         self.num_row_blocks = pl.cdiv(num_queries, BLOCK)
         self.arrays, self.spans = [jnp.reshape(mask.offset, (1,))], []
         if mask.lengths is not None:
@@ -251,7 +249,7 @@ class Masks:
     def _split(self, refs, batch):
         """(offset, length, references of the segments of rows and of keys, references of their spans)."""
         offset, *rest = refs
-        length = rest.pop(0)[batch] if self._mask.lengths is not None else self._num_keys
+        length = rest.pop(0)[batch] if self.mask.lengths is not None else self._num_keys
         return offset[0], length, rest[:2], rest[2:]
 
     def key_bounds(self, refs, batch, row):
@@ -283,7 +281,7 @@ class Masks:
           The `Visit` of each key block, (B or 1, blocks, 5), and the first visitor of each row block, (B or 1, blocks),
           both int32. Nothing for causal and full masks: each key block visits what all later ones do.
         """
-        mask, num_rows = self._mask, self.num_row_blocks
+        mask, num_rows = self.mask, self.num_row_blocks
         if self.is_plain:
             return []
         key = jnp.arange(0, self._num_keys, GROUPS * BLOCK, dtype=jnp.int32)[None]
@@ -324,7 +322,7 @@ class Masks:
         """The tile of keys [key, key + 64) that rows [row, row + 64) see."""
         offset, length, segments, _ = self._split(refs, batch)
         tile = jax.ShapeDtypeStruct((BLOCK, BLOCK), jnp.int32)
-        is_causal, window = self._static["is_causal"], self._static["window"]
+        is_causal, window = self.mask.is_causal, self.mask.window
         across = plgpu.broadcasted_iota(jnp.int32, tile.shape, 1, layout=plgpu.Layout.WGMMA)
         conditions = []
         if key_axis == 1:  # bounds on the keys of each row: a thread holds two rows and 16 keys
@@ -364,7 +362,7 @@ class Masks:
 
     def hide_padding(self, *arrays):
         """Zeroes keys and values that no query sees, whatever they hold: 0 * NaN would reach the products."""
-        mask = self._mask
+        mask = self.mask
         if mask.lengths is None and (mask.end_aligned or not mask.is_causal):
             return arrays
         length = jnp.full((1,), self._num_keys, jnp.int32) if mask.lengths is None else mask.lengths

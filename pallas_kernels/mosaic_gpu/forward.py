@@ -17,7 +17,7 @@ from pallas_kernels.mosaic_gpu.common import BLOCK, GROUPS
 def order(num_heads: int, num_blocks: int, group_heads: int, masks) -> common.Order:
     """Chunks of as many heads as run at once, or twice as many, in whole groups: programs that read the same keys."""
     wave = max(1, common.MULTIPROCESSORS // num_blocks)
-    heads = wave if masks.has_window else 2 * wave
+    heads = 2 * wave if masks.mask.window is None else wave
     return common.Order(num_heads, num_blocks, chunk=group_heads * pl.cdiv(heads, group_heads))
 
 

@@ -18,7 +18,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import blocks, device, tiles, triton
-from pallas_kernels.block_sizes import DECODE_TURN, TritonDecodeBlockSizes, decode_merge, decode_rows
+from pallas_kernels.block_sizes import (
+    DECODE_TURN,
+    TritonDecodeBlockSizes,
+    decode_merge,
+    decode_rows,
+    shared_memory_limit,
+)
 from pallas_kernels.triton import common
 
 MAX_QUERIES = 16  # more new tokens than this are a prefill: the forward kernel's work
@@ -104,9 +110,12 @@ def _append_launch(config: TritonDecodeBlockSizes, key, value) -> TritonDecodeBl
     changes = {}
     if config.block_k * max(64, key.shape[3], value.shape[3]) > 4096:
         changes["num_warps"] = max(4, config.num_warps)  # two have no registers for new rows beside a long tile
-    if config.num_splits >= 32 and any(name in device.target()[1] for name in device.HOPPER):
+    kind = device.target()[1]
+    if config.num_splits >= 32 and any(name in kind for name in device.HOPPER):
         # One program merges them all: half as many, each with more tiles on their way.
-        changes |= {"num_splits": config.num_splits // 2, "num_stages": 5}
+        tile = config.block_k * sum(common.padded(x.shape[3]) * x.dtype.itemsize for x in (key, value))
+        stages = min(5, shared_memory_limit(kind) // tile)
+        changes |= {"num_splits": config.num_splits // 2, "num_stages": max(config.num_stages, stages)}
     return dataclasses.replace(config, **changes)
 
 

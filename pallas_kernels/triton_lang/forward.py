@@ -130,9 +130,7 @@ def forward(query, probe, key, value, mask: blocks.Mask, *, scale: float, config
     values = jax.ShapeDtypeStruct((*query.shape[:3], value.shape[3]), query.dtype)
     stats = jax.ShapeDtypeStruct((call.batch, call.heads, call.queries), jnp.float32)
     heads, fixed_centre = call.batch * call.kv_heads, has_fixed_centre(mask, config)
-    if (
-        fixed_centre and mask.is_causal
-    ):  # the longest rows of all heads first; of 32, so that programs share tiles in L2
+    if fixed_centre and mask.is_causal:  # the longest rows first, of 32 heads at a time: programs share tiles in L2
         group = -(-heads // -(-heads // 32))
     else:
         group = common.work_group(heads, common.nbytes(key, value))
