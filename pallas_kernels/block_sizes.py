@@ -228,6 +228,29 @@ class MosaicTpuDecodeBlockSizes:
             raise ValueError(f"block_k: must be a multiple of 16, got {self.block_k}")
 
 
+@dataclasses.dataclass(frozen=True)
+class MosaicGpuDecodeBlockSizes:
+    """Launch of the "mosaic_gpu" implementation of decode.
+
+    Attributes:
+      block_k: keys of a tile.
+      num_splits: programs that share the keys of a kv head, a cluster: 1, 2, 4, 8 or 16.
+      num_groups: warpgroups of a program, each with tiles of its own.
+      num_stages: tiles of keys and values that a warpgroup has under way.
+    """
+
+    block_k: int
+    num_splits: int
+    num_groups: int
+    num_stages: int
+
+    @classmethod
+    def heuristic(cls, query, key, value, mask):
+        programs = key.shape[0] * key.shape[2]
+        splits = max(2, min(16, 128 // programs, key.shape[1] // 64))
+        return cls(64, 1 << (splits.bit_length() - 1), 1, 3)
+
+
 KIB = 1024
 # Shared memory that one program may take, by a part of the device's name.
 SHARED_MEMORY = {"H100": 227 * KIB, "H200": 227 * KIB, "GH200": 227 * KIB, "B200": 227 * KIB, "A100": 163 * KIB}

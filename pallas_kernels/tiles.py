@@ -8,6 +8,7 @@ Everything is float32 (or wider). Scores are in base 2: `c = scale * log2(e)`, `
 have the tile's shape without the key axis; leading batch axes are allowed.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -167,6 +168,17 @@ def merged_output(states: State) -> jax.Array:
     t_mean = jnp.sum(share * states.d1 * states.t_mean, axis=0)
     own = share * (1.0 - (states.t_mean - t_mean))
     return jnp.sum(own[..., None] * states.o1 - share[..., None] * states.o2, axis=0)
+
+
+def merged_list(states: list[State]) -> jax.Array:
+    """`merged_output` of states in a list."""
+    m = functools.reduce(jnp.maximum, [s.m for s in states])
+    m = jnp.where(m == -jnp.inf, 0.0, m)
+    a = [jnp.exp2(s.m - m) for s in states]
+    inverse = 1.0 / _nonzero(sum(x * s.d1 for x, s in zip(a, states, strict=True)))
+    share = [x * inverse for x in a]
+    t_mean = sum(x * s.d1 * s.t_mean for x, s in zip(share, states, strict=True))
+    return sum((x * (1.0 - (s.t_mean - t_mean))) * s.o1 - x * s.o2 for x, s in zip(share, states, strict=True))
 
 
 def finish(state: State) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:

@@ -12,6 +12,7 @@ from parallax_jax.sharding import decode_per_device
 # Name -> (module with `unsupported` and `decode`, platforms on which None may choose it), fastest first.
 BACKENDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "triton": ("pallas_kernels.triton_routes.decode", ("gpu",)),
+    "mosaic_gpu": ("pallas_kernels.mosaic_gpu.decode", ()),
     "mosaic_tpu": ("pallas_kernels.mosaic_tpu.decode", ("tpu",)),
     "xla": ("parallax_jax.xla_decode", ("cpu", "gpu", "tpu")),
 }
