@@ -144,21 +144,21 @@ def _hide(v, limit: jax.Array, interpret: bool) -> None:
         v[...] = jnp.where(jnp.arange(v.shape[0])[:, None] < limit, v[...], jnp.zeros((), v.dtype))
         return
     num_rows, width = v.shape
-    transforms = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
+    line_width = min(num_rows, 64)
+    transforms = plgpu.TilingTransform((8, line_width)), plgpu.SwizzleTransform(2 * line_width)
+    lanes, num_lines = line_width // 8, width // line_width  # of 16 bytes in a line, lines in a row
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(transforms), plgpu.Layout.WG_SPLAT(())))
     def zero(_, ref, limit):
-        # A row of a tile is `width // 64` times 128 bytes in a row; within these the swizzle moves elements.
+        # A row of a tile is so many lines of 64 or 128 bytes, within which the swizzle moves elements.
         thread = arith.remui(mgpu.utils.thread_idx(), _i32(128))
         base = llvm.ptrtoint(ir.IntegerType.get_signless(32), mgpu.utils.memref_ptr(ref))
         limit = _scalar(limit)
-        chunk, first = arith.remui(thread, _i32(8)), arith.divui(thread, _i32(8))
-        for i in range(0, num_rows * (width // 64), 16):
-            line = arith.addi(first, _i32(i))  # of 128 bytes: (8 rows, column block, row)
-            row = arith.addi(
-                arith.muli(arith.divui(line, _i32(8 * (width // 64))), _i32(8)), arith.remui(line, _i32(8))
-            )
-            address = arith.addi(base, arith.addi(arith.muli(line, _i32(128)), arith.muli(chunk, _i32(16))))
+        chunk, first = arith.remui(thread, _i32(lanes)), arith.divui(thread, _i32(lanes))
+        for i in range(0, num_rows * num_lines, 128 // lanes):
+            line = arith.addi(first, _i32(i))  # in the order (8 rows, column block, row)
+            row = arith.addi(arith.muli(arith.divui(line, _i32(8 * num_lines)), _i32(8)), arith.remui(line, _i32(8)))
+            address = arith.addi(base, arith.addi(arith.muli(line, _i32(16 * lanes)), arith.muli(chunk, _i32(16))))
             mgpu.utils.inline_ptx(
                 "st.shared.v4.b32 [$0], {$1, $1, $1, $1};",
                 address,
@@ -251,6 +251,7 @@ def _decode(query, probe, key, value, mask, *, scale, config, interpret):
     c = scale * tiles.LOG2_E
     num_splits, groups, stages, block = config.num_splits, config.num_groups, config.num_stages, config.block_k
     num_parts = num_splits * groups
+    one_tile = num_keys <= num_parts * block  # for each part
     slots = pl.cdiv(rows, num_splits)
     integers = [mask.lengths] if mask.offset is None else [mask.lengths, mask.offset]
     columns = plgpu.Layout.TILED(
@@ -272,10 +273,16 @@ def _decode(query, probe, key, value, mask, *, scale, config, interpret):
         part = own * groups + group
         b, kv = lax.div(program, kv_heads), lax.rem(program, kv_heads)
 
-        def copy(tile, slot):
+        def copy(tile, slot, names="kv"):
             slot += group * stages
-            for ref, to, ready in ((k_ref, s.k, s.k_ready), (v_ref, s.v, s.v_ready)):
+            for name in names:
+                ref, to, ready = (k_ref, s.k, s.k_ready) if name == "k" else (v_ref, s.v, s.v_ready)
                 plgpu.copy_gmem_to_smem(ref.at[b, pl.ds(tile * block, block), kv], to.at[slot], ready.at[slot])
+
+        def refill(i, name):
+            """Tile i has been used: what is to lie in its slot next."""
+            tile, slot = first + (i + stages) * num_parts, common.ring_slot(i, stages)
+            pl.when(i + stages < count)(lambda: copy(tile, slot, name))
 
         if mask.window is None:  # the first tile's place does not wait for the length
             copy(part, 0)
@@ -291,7 +298,7 @@ def _decode(query, probe, key, value, mask, *, scale, config, interpret):
             )
             copy(first, 0)
         count = jnp.maximum(1, lax.div(pl.cdiv(end, block) - first + num_parts - 1, num_parts))
-        for i in range(1, stages):
+        for i in range(1, 1 if one_tile else stages):
             pl.when(i < count)(functools.partial(copy, first + i * num_parts, i))
         row = plgpu.broadcasted_iota(jnp.int32, (BLOCK // 2,), 0, layout=HALF.reduce(1))
         token = lax.div(jnp.minimum(lax.rem(row, ROWS), rows - 1), heads_of_key)
@@ -299,13 +306,17 @@ def _decode(query, probe, key, value, mask, *, scale, config, interpret):
         last_seen = jnp.minimum(position, length - 1)
 
         def attend(o, s12):
-            def weights(i, m):
+            def start_scores(i):
                 slot = common.ring_slot(i, stages) + group * stages
-                key = (first + i * num_parts) * block
                 plgpu.barrier_wait(s.k_ready.at[slot])
                 common.assign(s12, common.zeros(block), interpret)
                 common.add_product(s12, both, s.k.at[slot].transpose((1, 0)), interpret)
-                s1, t = split(common.read(s12), interpret)
+
+            def weights(i, m, pending):
+                s1, t = split(common.read(s12, pending=pending), interpret)
+                if not one_tile:
+                    refill(i, "k")
+                key = (first + i * num_parts) * block
                 across = plgpu.broadcasted_iota(jnp.int32, s1.shape, 1, layout=HALF)
                 visible = across <= tiles.spread(last_seen - key, s1)
                 if mask.window is not None:
@@ -313,38 +324,41 @@ def _decode(query, probe, key, value, mask, *, scale, config, interpret):
                 m, a, p = tiles.softmax_weights(m, s1, c, visible)
                 return m, a, p, jnp.where(visible, t, 0.0)
 
-            def add(i, p, p2):
-                slot = common.ring_slot(i, stages)
-                v = s.v.at[slot + group * stages]
-                start = (first + i * num_parts) * block
-                plgpu.barrier_wait(s.v_ready.at[slot + group * stages])
-                pl.when(start + block > end)(lambda: _hide(v, end - start, interpret))
-                common.add_product(o, join(p, p2, interpret).astype(dtype), v, interpret)
-                plgpu.wgmma_wait(0)
-                following = i + stages
-                pl.when(following < count)(functools.partial(copy, first + following * num_parts, slot))
+            def add_values(i, weights):
+                slot = common.ring_slot(i, stages) + group * stages
+                end_here = end - (first + i * num_parts) * block
+                plgpu.barrier_wait(s.v_ready.at[slot])
+                pl.when(end_here < block)(lambda: _hide(s.v.at[slot], end_here, interpret))
+                common.add_product(o, weights, s.v.at[slot], interpret)
 
+            def body(i, carry):
+                m, d1, d2, p = carry
+                start_scores(i)
+                add_values(i - 1, p)
+                m, a, p, t = weights(i, m, pending=1)
+                p2 = p * (t - tiles.spread(centre, t))
+                d1, d2 = a * d1 + jnp.sum(p, axis=-1), a * d2 + jnp.sum(p2, axis=-1)
+                p = join(p, p2, interpret).astype(dtype)
+                halves = split(common.read(o), interpret)
+                refill(i - 1, "v")
+                common.assign(o, join(*(x * tiles.spread(a, x) for x in halves), interpret), interpret)
+                return m, d1, d2, p
+
+            start_scores(0)
             m = plgpu.layout_cast(jnp.full((BLOCK // 2,), -jnp.inf, jnp.float32), HALF.reduce(1))
-            m, _, p, t = weights(0, m)
+            m, _, p, t = weights(0, m, pending=0)
             d1, d2 = jnp.sum(p, axis=-1), jnp.sum(p * t, axis=-1)
             # The first tile's mean of t: near t_mean where one key, or a part of all keys, dominates t.
             centre = d2 / jnp.where(d1 == 0.0, 1.0, d1)
-            add(0, p, p * (t - tiles.spread(centre, t)))
+            p = join(p, p * (t - tiles.spread(centre, t)), interpret).astype(dtype)
+            if one_tile:
+                add_values(0, p)
+                return tiles.State(m, d1, centre, *split(common.read(o), interpret))
+            m, d1, d2, p = lax.fori_loop(1, count, body, (m, d1, jnp.zeros_like(d1), p))
+            add_values(count - 1, p)
+            return tiles.from_fixed_centre(m, d1, d2, *split(common.read(o), interpret), centre)
 
-            def body(i, carry):
-                m, d1, d2 = carry
-                m, a, p, t = weights(i, m)
-                p2 = p * (t - tiles.spread(centre, t))
-                halves = split(plgpu.wgmma_accumulator_load(o, wait_n=None), interpret)
-                common.assign(o, join(*(x * tiles.spread(a, x) for x in halves), interpret), interpret)
-                add(i, p, p2)
-                return m, a * d1 + jnp.sum(p, axis=-1), a * d2 + jnp.sum(p2, axis=-1)
-
-            m, d1, d2 = lax.fori_loop(1, count, body, (m, d1, jnp.zeros_like(d1)))
-            o1, o2 = split(common.read(o), interpret)
-            return m, d1, d2, o1, o2, centre
-
-        state = tiles.from_fixed_centre(*pl.run_scoped(attend, *common.accumulators(width, block)))
+        state = pl.run_scoped(attend, *common.accumulators(width, block))
         if interpret:
             for ref, x in zip(out_refs, state, strict=True):
                 ref[program, part] = x[:rows]
@@ -371,9 +385,17 @@ def _decode(query, probe, key, value, mask, *, scale, config, interpret):
     stat = jax.ShapeDtypeStruct((programs, num_parts, rows), jnp.float32)
     sums = jax.ShapeDtypeStruct((*stat.shape, width), jnp.float32)
     out = jax.ShapeDtypeStruct(query.shape, dtype)
-    tile = common.swizzled(block, width, stages * groups, dtype=dtype)
+    columns_of_v = min(block, 64)  # of a swizzled part of V: wgmma takes as many keys at once
+    k_tiles, v_tiles = (
+        plgpu.SMEM(
+            (stages * groups, block, width),
+            dtype,
+            transforms=(plgpu.TilingTransform((8, n)), plgpu.SwizzleTransform(2 * n)),
+        )
+        for n in (64, columns_of_v)
+    )
     ready = plgpu.Barrier(num_barriers=stages * groups)
-    scratch = dict(k=tile, v=tile, k_ready=ready, v_ready=ready)
+    scratch = dict(k=k_tiles, v=v_tiles, k_ready=ready, v_ready=ready)
     launch = dict(grid=(programs,))
     if interpret:
         launch = dict(grid=(programs * num_splits,), interpret=plgpu.InterpretGPUParams())
