@@ -2,8 +2,9 @@
 
 Sums of GPU kernel times by CUPTI, all in one process on one GPU. Peers: the published CuTe and Triton kernels of
 Parallax (parallax-kernel), and softmax decode by our own kernel, cuDNN (jax.nn) and FlashAttention-3 (flash-attn3-jax),
-the best of its split counts. A ratio above 1 says that the peer takes longer. `--routes triton triton_lang` times ours
-by Pallas and in the Triton language. `--sweep` times launches of the former instead.
+the best of its split counts. A ratio above 1 says that the peer takes longer. `--routes mosaic_gpu triton triton_lang`
+times ours by Mosaic GPU, by Pallas' Triton and in the Triton language, "default" what `parallax_decode` takes by itself.
+`--sweep` times launches of Pallas' Triton instead.
 """
 
 import argparse
@@ -25,7 +26,7 @@ import numpy as np
 
 from benchmarks.timing import jax_kernels, torch_kernels
 from pallas_kernels import triton_routes
-from pallas_kernels.block_sizes import TritonDecodeBlockSizes, TritonLangDecodeBlockSizes
+from pallas_kernels.block_sizes import MosaicGpuDecodeBlockSizes, TritonDecodeBlockSizes, TritonLangDecodeBlockSizes
 from pallas_kernels.blocks import Mask
 from parallax_jax import parallax_decode
 
@@ -80,7 +81,11 @@ SETS = {
     "paper64": [shape for shape in paper_grid() if shape.head_dim == 64],
     "paper128": [shape for shape in paper_grid() if shape.head_dim == 128],
 }
-LAUNCHED_BY = {"triton": TritonDecodeBlockSizes, "triton_lang": TritonLangDecodeBlockSizes}  # routes of "triton"
+LAUNCHED_BY = {
+    "mosaic_gpu": MosaicGpuDecodeBlockSizes,
+    "triton": TritonDecodeBlockSizes,
+    "triton_lang": TritonLangDecodeBlockSizes,  # another route of "triton"
+}
 CHECKED_BYTES = 1 << 31  # of keys and values: where there are more, "xla" may not have the memory
 
 
@@ -99,7 +104,7 @@ def draw(shape: Shape):
     return *operands, jnp.full(shape.batch, shape.length, jnp.int32), table
 
 
-def ours(implementation: str, block_sizes=None) -> Callable:
+def ours(implementation: str | None, block_sizes=None) -> Callable:
     """The function of `draw`'s results to time."""
 
     def decode(query, probe, key, value, lengths, table):
@@ -113,6 +118,13 @@ def default(route: str, arguments):
     """The launch of `draw`'s results that a route takes by itself."""
     query, _, key, value, lengths, table = arguments
     return LAUNCHED_BY[route].heuristic(query, key, value, Mask(None, lengths), table)
+
+
+def by_route(route: str, arguments) -> Callable:
+    """`ours` by a route, at its own launch."""
+    if route == "default":
+        return ours(None)
+    return ours("mosaic_gpu" if route == "mosaic_gpu" else "triton", default(route, arguments))
 
 
 def cudnn(shape: Shape) -> list[Callable]:
@@ -136,12 +148,15 @@ def flash_attention_3(shape: Shape) -> list[Callable]:
 
 
 def softmax(shape: Shape) -> list[Callable]:
-    """Softmax decode by the kernel of Parallax, in Pallas, without the probe's part."""
-    from pallas_kernels.triton import decode as kernels
+    """Softmax decode by the kernel that Parallax takes by default, without the probe's part."""
+    from pallas_kernels.mosaic_gpu import decode as mosaic_gpu
+    from pallas_kernels.triton import decode as triton
 
     def decode(query, _, key, value, lengths, table):
+        operands = query, None, key, value, Mask(None, lengths), table
         options = dict(scale=shape.head_dim**-0.5, block_sizes=None)
-        return kernels.decode(query, None, key, value, Mask(None, lengths), table, **options)
+        refused = mosaic_gpu.unsupported(*operands, **options) or mosaic_gpu.outrun(*operands)
+        return (triton if refused else mosaic_gpu).decode(*operands, **options)
 
     return [decode]
 
@@ -205,7 +220,7 @@ def compile_all(jobs: dict) -> dict:
 def bench_jobs(shape: Shape, routes: list[str], peers: list[str]) -> dict:
     """What `bench` needs compiled, by shape, name and number."""
     arguments = jax.eval_shape(functools.partial(draw, shape))
-    jobs = {(shape, route, 0): (ours("triton", default(route, arguments)), *arguments) for route in routes}
+    jobs = {(shape, route, 0): (by_route(route, arguments), *arguments) for route in routes}
     jobs[shape, "draw", 0] = (functools.partial(draw, shape),)
     if shape.bytes <= CHECKED_BYTES:
         jobs[shape, "xla", 0] = ours("xla"), *arguments
@@ -358,7 +373,7 @@ def main() -> None:
     """Runs the sets named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sets", nargs="*", default=["main"], help=f"of {', '.join(SETS)}")
-    parser.add_argument("--routes", nargs="+", default=["triton"], choices=LAUNCHED_BY, help="which of ours to time")
+    parser.add_argument("--routes", nargs="+", default=["default"], choices=["default", *LAUNCHED_BY], help="which of ours to time")
     parser.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS, help="which peers to time")
     parser.add_argument("--sweep", action="store_true", help="time block sizes instead")
     parser.add_argument("--json", help="write the rows here")
@@ -368,7 +383,7 @@ def main() -> None:
         parser.error(f"times GPU kernels, and this is a {jax.default_backend()}")
     if unknown:
         parser.error(f"unknown set {unknown.pop()!r}, choose from {', '.join(SETS)}")
-    for route in args.routes:
+    for route in set(args.routes) & set(triton_routes.ROUTES):
         if isinstance(reason := triton_routes.load(f"{triton_routes.ROUTES[route]}.decode"), str):
             parser.error(f"{route}: {reason}")
     shapes = list(dict.fromkeys(itertools.chain.from_iterable(SETS[name] for name in args.sets)))

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib.resources
 import json
+import math
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,13 +104,9 @@ class _TritonDecode:
         What a program can have in flight at once it reads alone: a merge would take as long. The arguments are those of
         a backend's `decode`. The numbers come from sweeps (docs/results/decode.md).
         """
-        batch, num_queries = query.shape[:2]
         size, row_blocks = decode_rows(query, key, value)
-        num_keys = key.shape[1] * (1 if page_table is None else page_table.shape[1])
-        if mask.window is not None:
-            num_keys = min(num_keys, mask.window + num_queries - 1)
-        programs = batch * key.shape[2] * row_blocks
-        width = _decode_width(key, value)
+        programs, num_keys, width = _decode_size(query, key, value, mask, page_table)
+        programs *= row_blocks
         fewest = 32 if num_keys <= 256 and width >= 128 else 64
         splits = max(1, min(256 // programs, num_keys // fewest, 128))
         splits = 1 << (splits.bit_length() - 1)
@@ -151,6 +148,14 @@ DECODE_ROW_BYTES = 16384  # of queries that a program holds; larger groups are c
 DECODE_AT_ONCE = 16384  # keys times columns that a program has in flight at once
 DECODE_LONG = 4096  # keys from which on programs that read whole sequences begin at different tiles
 DECODE_TURN = 37  # tiles by which the start of a program lies behind that of the one before
+
+
+def _decode_size(query, key, value, mask, page_table) -> tuple[int, int, int]:
+    """(kv heads of all sequences, the most keys that one has in sight, columns of a tile)."""
+    num_keys = key.shape[1] * (1 if page_table is None else page_table.shape[1])
+    if mask.window is not None:
+        num_keys = min(num_keys, mask.window + query.shape[1] - 1)
+    return query.shape[0] * key.shape[2], num_keys, _decode_width(key, value)
 
 
 def _decode_width(key, value) -> int:
@@ -233,9 +238,9 @@ class MosaicGpuDecodeBlockSizes:
     """Launch of the "mosaic_gpu" implementation of decode.
 
     Attributes:
-      block_k: keys of a tile.
-      num_splits: programs that share the keys of a kv head, a cluster: 1, 2, 4, 8 or 16.
-      num_groups: warpgroups of a program, each with tiles of its own.
+      block_k: keys of a tile: 32, 64 or 128.
+      num_splits: programs that share the keys of a kv head, a cluster: 1 to 8.
+      num_groups: warpgroups of a program, each with tiles of its own: 1 or 2.
       num_stages: tiles of keys and values that a warpgroup has under way.
     """
 
@@ -244,13 +249,55 @@ class MosaicGpuDecodeBlockSizes:
     num_groups: int
     num_stages: int
 
+    def __post_init__(self):
+        allowed = {"block_k": (32, 64, 128), "num_splits": range(1, 9), "num_groups": (1, 2), "num_stages": range(1, 9)}
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name}: got {getattr(self, name)}, allowed are {', '.join(map(str, values))}")
+
+    @property
+    def num_parts(self) -> int:
+        """Warpgroups that share the keys of a kv head."""
+        return self.num_splits * self.num_groups
+
     @classmethod
-    def heuristic(cls, query, key, value, mask):
-        programs = key.shape[0] * key.shape[2]
-        splits = max(2, min(16, 128 // programs, key.shape[1] // 64))
-        return cls(64, 1 << (splits.bit_length() - 1), 1, 3)
+    def heuristic(cls, query, key, value, mask, page_table) -> "MosaicGpuDecodeBlockSizes":
+        """As many programs a head as find a core each, with tiles as large as leaves every program one.
+
+        Clusters of more than two programs need their cores in one part of the chip: a quarter of all is left to choose
+        from. The arguments are those of a backend's `decode`. The numbers come from sweeps (docs/results/decode.md).
+        """
+        programs, num_keys, width = _decode_size(query, key, value, mask, page_table)
+        block_k = 8192 // width
+        splits = max(min(8, _HOPPER_CORES * 3 // 4 // programs), 2 if 2 * programs <= _HOPPER_CORES else 1)
+        at_once = max(splits, min(4, _HOPPER_CORES // programs))  # where each has one tile
+        while block_k > 32 and num_keys * 2 <= at_once * block_k:
+            block_k //= 2
+        num_tiles = -(-num_keys // block_k)
+        most = -(-num_tiles // (at_once if num_tiles <= at_once else splits))  # tiles of a program
+        splits = -(-num_tiles // most)
+        has_core = programs * splits <= _HOPPER_CORES
+        groups = 2 if has_core and most > 1 and most * block_k >= 256 else 1
+        tiles = -(-most // groups)
+        return cls(block_k, splits, groups, min(tiles, 3 if has_core and groups == 1 else 2))
+
+    @classmethod
+    def outrun(cls, query, key, value, mask, page_table) -> str | None:
+        """Why kernels that split keys among more programs, or run more of them on a core, are faster; None if not."""
+        programs, num_keys, width = _decode_size(query, key, value, mask, page_table)
+        splits = cls.heuristic(query, key, value, mask, page_table).num_splits
+        if _HOPPER_CORES // 2 < programs < _HOPPER_CORES * 5 // 6 or (width == 64 and programs > 2 * _HOPPER_CORES):
+            return f"{programs} heads x sequences leave cores idle"
+        if programs >= 32:
+            most = math.inf if splits < 3 or (width == 128 and num_keys >= 4096) else 352
+        else:
+            most = 128 if programs < 8 else 352 if width == 128 else 256
+        if num_keys > most * splits:
+            return f"{programs} heads x sequences of {num_keys} keys are split among more programs than a cluster has"
+        return None
 
 
+_HOPPER_CORES = 132  # of an H100 SXM or H200
 KIB = 1024
 # Shared memory that one program may take, by a part of the device's name.
 SHARED_MEMORY = {"H100": 227 * KIB, "H200": 227 * KIB, "GH200": 227 * KIB, "B200": 227 * KIB, "A100": 163 * KIB}

@@ -10,7 +10,7 @@ have the tile's shape without the key axis; leading batch axes are allowed.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -153,12 +153,28 @@ def from_fixed_centre(
     return State(m, d1, centre + shift, o1, o2 - spread(shift, o1) * o1)
 
 
-def merged_output(states: State) -> jax.Array:
-    """The output of rows from their states over disjoint keys, which are stacked along axis 0, in any order.
+def merge(states: Sequence[State]) -> State:
+    """The state of rows from their states over disjoint keys, in any order: merging is associative.
 
-    Merging is associative: m is the largest, and with a = 2^(m_i - m) the merged d1 is sum a d1_i, t_mean is
-    sum a d1_i t_mean_i / d1, o1 is sum a o1_i, o2 is sum a (o2_i + (t_mean_i - t_mean) o1_i). Here the sums over values
-    are one. Rows that saw no key give 0.
+    m is the largest, and with a = 2^(m_i - m) the merged d1 is sum a d1_i, t_mean is sum a d1_i t_mean_i / d1, o1 is
+    sum a o1_i, o2 is sum a (o2_i + (t_mean_i - t_mean) o1_i).
+    """
+    m = functools.reduce(jnp.maximum, [x.m for x in states])
+    a = [jnp.exp2(x.m - jnp.where(m == -jnp.inf, 0.0, m)) for x in states]
+    total = lambda term: functools.reduce(jnp.add, [term(f, x) for f, x in zip(a, states, strict=True)])
+    d1 = total(lambda f, x: f * x.d1)
+    o1 = total(lambda f, x: spread(f, x.o1) * x.o1)
+    if states[0].o2 is None:
+        return State(m, d1, None, o1, None)
+    t_mean = total(lambda f, x: f * x.d1 * x.t_mean) / _nonzero(d1)
+    o2 = total(lambda f, x: spread(f, x.o1) * x.o2 + spread(f * (x.t_mean - t_mean), x.o1) * x.o1)
+    return State(m, d1, t_mean, o1, o2)
+
+
+def merged_output(states: State) -> jax.Array:
+    """The output of rows, `finish(merge(...))`, from states that are stacked along axis 0; the sums over values are one.
+
+    Rows that saw no key give 0.
     """
     m = jnp.max(states.m, axis=0)
     a = jnp.exp2(states.m - jnp.where(m == -jnp.inf, 0.0, m))
@@ -168,17 +184,6 @@ def merged_output(states: State) -> jax.Array:
     t_mean = jnp.sum(share * states.d1 * states.t_mean, axis=0)
     own = share * (1.0 - (states.t_mean - t_mean))
     return jnp.sum(own[..., None] * states.o1 - share[..., None] * states.o2, axis=0)
-
-
-def merged_list(states: list[State]) -> jax.Array:
-    """`merged_output` of states in a list."""
-    m = functools.reduce(jnp.maximum, [s.m for s in states])
-    m = jnp.where(m == -jnp.inf, 0.0, m)
-    a = [jnp.exp2(s.m - m) for s in states]
-    inverse = 1.0 / _nonzero(sum(x * s.d1 for x, s in zip(a, states, strict=True)))
-    share = [x * inverse for x in a]
-    t_mean = sum(x * s.d1 * s.t_mean for x, s in zip(share, states, strict=True))
-    return sum((x * (1.0 - (s.t_mean - t_mean))) * s.o1 - x * s.o2 for x, s in zip(share, states, strict=True))
 
 
 def finish(state: State) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:

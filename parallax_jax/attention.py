@@ -158,7 +158,8 @@ def choose(backends: dict, implementation: str | None, *operands, **options) -> 
     """Returns the name of the implementation that runs this call.
 
     Args:
-      backends: name -> (module, platforms), fastest first.
+      backends: name -> (module, platforms), fastest first. A module may have `outrun`, which says of a call that it
+        supports why a later backend is faster, or None.
       implementation: a name of `backends`, or None for the first that takes the call on the device traced for.
       *operands: handed to the backend's `unsupported`.
       **options: handed to the backend's `unsupported`.
@@ -178,7 +179,10 @@ def choose(backends: dict, implementation: str | None, *operands, **options) -> 
     reasons = []
     for name in candidates:
         try:
-            reason = load(backends[name][0]).unsupported(*operands, **options)
+            module = load(backends[name][0])
+            reason = module.unsupported(*operands, **options)
+            if reason is None and implementation is None and hasattr(module, "outrun"):
+                reason = module.outrun(*operands)
         except ImportError as error:
             reason = f"implementation: {error}"
         if reason is None:

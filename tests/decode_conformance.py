@@ -39,6 +39,14 @@ CASES = [
     Case("paged_pages_of_48_window", (140, 50, 3), T=4, S=144, N=4, K=2, H=20, window=60, page_size=48),
     Case("paged_prefill", (80, 20), T=20, S=80, N=2, K=2, page_size=16),
 ]
+# What Hopper's kernel takes: 16 bits, heads of 64 and 128, at most 8 rows for a kv head.
+HOPPER_CASES = [
+    Case("wide_step", (320, 7, 0), S=320, N=2, K=2, H=128, Hv=128, dtype="bfloat16"),
+    Case("speculative_gqa_short", (200, 2, 1, 0), T=4, S=200, N=4, K=2, H=64, Hv=64, dtype="float16"),
+    Case("window_gqa", (250, 9, 150), T=3, S=256, N=4, K=2, H=64, Hv=64, window=70, dtype="bfloat16"),
+    Case("pages_mqa", (180, 65, 3), S=256, N=8, K=1, H=128, Hv=128, page_size=64, dtype="bfloat16"),
+    Case("large_pages_window", (250, 130), S=256, N=2, K=1, H=64, Hv=64, window=90, page_size=128, dtype="float16"),
+]
 TOLERANCE = {"float32": 2e-6, "float16": 2e-3, "bfloat16": 1e-2}
 
 

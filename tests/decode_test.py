@@ -59,9 +59,11 @@ def test_merged_states_give_the_output_over_all_keys():
     p /= np.maximum(p.sum(1, keepdims=True), 1e-30)
     expected = (p * (1 - s2 + (p * s2).sum(1, keepdims=True))) @ np.asarray(value, float)
     assert not expected[3].any()
-    np.testing.assert_allclose(tiles.merged_output(states), expected, atol=5e-4)
-    softmax = tiles.merged_output(states._replace(t_mean=None, o2=None))
-    np.testing.assert_allclose(softmax, p @ np.asarray(value, float), atol=1e-6)
+    one_by_one = lambda states: tiles.finish(tiles.merge([jax.tree.map(lambda x: x[i], states) for i in range(4)]))[0]
+    for merged in (tiles.merged_output, one_by_one):
+        np.testing.assert_allclose(merged(states), expected, atol=5e-4)
+        softmax = merged(states._replace(t_mean=None, o2=None))
+        np.testing.assert_allclose(softmax, p @ np.asarray(value, float), atol=1e-6)
 
 
 @pytest.mark.parametrize(("batch", "page_size", "kernels"), [(64, None, 1), (2, None, 2), (2, 64, 2)])

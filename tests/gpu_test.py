@@ -1,6 +1,7 @@
 """Every kernel on a GPU: `pytest -m gpu`. Conformance, and sizes that only a large GPU holds."""
 
 import dataclasses
+import functools
 import subprocess
 import sys
 
@@ -10,13 +11,19 @@ import pytest
 
 from benchmarks import decode_step
 from pallas_kernels import device, triton_routes
-from pallas_kernels.block_sizes import TritonDecodeBlockSizes, TritonLangDecodeBlockSizes, triton_lang_block_sizes
-from parallax_jax import compare, parallax_attention, parallax_reference
+from pallas_kernels.block_sizes import (
+    MosaicGpuDecodeBlockSizes,
+    TritonDecodeBlockSizes,
+    TritonLangDecodeBlockSizes,
+    triton_lang_block_sizes,
+)
+from parallax_jax import compare, parallax_attention, parallax_decode, parallax_reference
 from parallax_jax.attention import BACKENDS
 from parallax_jax.model import TransformerLM
 from parallax_jax.workloads import BY_NAME, CONFORMANCE, Workload
 from tests.conformance import Conformance
-from tests.decode_conformance import DecodeConformance
+from tests import decode_conformance
+from tests.decode_conformance import HOPPER_CASES, DecodeConformance
 
 pytestmark = pytest.mark.gpu
 KERNELS = [*(name for name, (_, platforms) in BACKENDS.items() if platforms == ("gpu",)), "triton_lang"]
@@ -62,6 +69,51 @@ class TestTritonLangDecode(DecodeConformance):
         TritonLangDecodeBlockSizes(*sizes, 2, 2, rotate)
         for *sizes, rotate in ((16, 1, False), (16, 1, True), (32, 2, False), (16, 32, True))
     )
+
+
+@pytest.mark.parametrize("case", HOPPER_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("splits", [1, 2, 3, 5])
+@pytest.mark.parametrize("block_k", [32, 64])
+def test_mosaic_gpu_decode(case, block_k, splits, groups):
+    """Every way to share the keys, with what no sequence owns poisoned; over 20 runs the bits stay."""
+    if splits * groups * block_k > case.S:
+        pytest.skip("more warpgroups than tiles")
+    operands, lengths, table = decode_conformance.draw(case)
+    sizes = MosaicGpuDecodeBlockSizes(block_k, splits, groups, 2)
+    decode = jax.jit(
+        lambda *x: parallax_decode(
+            *x, lengths, local_window_size=case.window, page_table=table, implementation="mosaic_gpu", block_sizes=sizes
+        )
+    )
+    out = decode(*operands)
+    expected = decode_conformance.expected(case, operands, table)
+    assert decode_conformance.error(out, expected) <= decode_conformance.TOLERANCE[case.dtype]
+    assert all(jnp.array_equal(out, decode(*operands)) for _ in range(20))
+
+
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("programs", [1, 5, 12, 24, 40, 64, 100, 132, 300])
+@pytest.mark.parametrize("num_keys", [40, 129, 640, 2050, 4096])
+def test_mosaic_gpu_decode_at_its_own_launch(num_keys, programs, width):
+    normal = lambda i, *shape: bfloat16(i, *shape)
+    query, probe, key, value = (normal(i, programs, n, 2, width) for i, n in enumerate((1, 1, num_keys, num_keys)))
+    lengths = jax.random.randint(jax.random.key(9), (programs,), 0, num_keys + 1)
+    decode = lambda implementation: parallax_decode(query, probe, key, value, lengths, implementation=implementation)
+    assert compare.relative_error(decode("mosaic_gpu"), decode("xla")) <= 5e-3
+
+
+def test_mosaic_gpu_decode_in_a_loop():
+    """Steps that depend on one another, as one graph; a cluster that still read the memory of another would show."""
+    operands = [bfloat16(i, 4, n, 8, 128) for i, n in enumerate((1, 1, 1024, 1024))]
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def steps(implementation, query, *rest):
+        lengths = jnp.full(4, 1000, jnp.int32)
+        step = lambda i, q: parallax_decode(q, *rest, lengths + i % 20, implementation=implementation)
+        return jax.lax.fori_loop(0, 50, lambda i, q: (q + step(i, q)).astype(q.dtype), query)
+
+    assert compare.relative_error(steps("mosaic_gpu", *operands), steps("xla", *operands)) <= 2e-2
 
 
 WITHOUT_PALLAS_TRITON = """

@@ -1,0 +1,231 @@
+"""What Hopper's decode does below Pallas, register by register: halves of a tile, and a cluster's exchange of states.
+
+A tile of matrix instructions has 64 rows, 16 to a warp. Here rows 0 to 7 of 16 are query rows of one kv head, rows 8 to
+15 their probes, the same in all four warps. A thread holds rows i and i + 8 in registers of their own, so that taking a
+tile apart moves nothing.
+
+Every function has a plain version for Pallas' interpreter, but for `exchange`.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import fragmented_array
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
+
+from pallas_kernels import tiles
+from pallas_kernels.mosaic_gpu.common import BLOCK
+
+ROWS = 8  # of queries, and of probes
+TILE = plgpu.Layout.WGMMA
+HALF = plgpu.Layout.TILED(  # the queries' rows of a tile, or the probes'
+    fragmented_array.Tiling(((32, 8), (8, 8), (2,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
+)
+HALF_ROWS = HALF.reduce(1)  # one number for each of these rows
+_HALVES = 4  # axis of a tile's registers that tells the halves apart
+
+
+def _typed(columns: int, dtype, layout) -> plgpu.ShapeDtypeStruct:
+    return plgpu.ShapeDtypeStruct((BLOCK if layout is TILE else BLOCK // 2, columns), dtype, layout=layout)
+
+
+def _array(registers: np.ndarray, layout) -> mgpu.FragmentedArray:
+    return mgpu.FragmentedArray(_registers=registers, _layout=layout.to_mgpu(), _is_signed=None)
+
+
+def _i32(x: int) -> ir.Value:
+    return mgpu.c(x, ir.IntegerType.get_signless(32))
+
+
+def _elements(register: ir.Value) -> list[ir.Value]:
+    """Elements of a register that holds several."""
+    size = ir.VectorType(register.type).shape[0]
+    return [vector.extract(register, dynamic_position=[], static_position=[i]) for i in range(size)]
+
+
+def _scalar(splat: mgpu.FragmentedArray) -> ir.Value:
+    register = splat.registers.item()
+    return _elements(register)[0] if isinstance(register.type, ir.VectorType) else register
+
+
+def _shared_address(ref: ir.Value) -> ir.Value:
+    return llvm.ptrtoint(ir.IntegerType.get_signless(32), mgpu.utils.memref_ptr(ref))
+
+
+def _thread() -> tuple[ir.Value, ir.Value, ir.Value]:
+    """(warp, row of a half, pair of columns) of this thread."""
+    thread = mgpu.utils.thread_idx()
+    lane = arith.remui(thread, _i32(32))
+    return arith.remui(arith.divui(thread, _i32(32)), _i32(4)), arith.divui(lane, _i32(4)), arith.remui(lane, _i32(4))
+
+
+def gather(query, probe, rows: int, interpret: bool) -> jax.Array:
+    """The tile of queries and probes.
+
+    Args:
+      query: reference (T, heads, H) to the queries of one kv head in global memory.
+      probe: likewise the probes.
+      rows: T times the heads, at most `ROWS`; the rows after these repeat the last.
+      interpret: whether Pallas' interpreter runs.
+    """
+    _, heads, width = query.shape
+    if interpret:
+        row = jnp.minimum(lax.rem(jnp.arange(BLOCK // 2), ROWS), rows - 1)
+        return join(*(jnp.take(x[...].reshape(rows, width), row, axis=0) for x in (query, probe)), interpret)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 2, return_type=_typed(width, query.dtype, TILE))
+    def load(_, *refs):
+        _, row, pair = _thread()
+        row = arith.minui(row, _i32(rows - 1))
+        kind = ir.MemRefType(refs[0].type)
+        (of_token, of_head, _), _ = kind.get_strides_and_offset()
+        offset = arith.muli(arith.divui(row, _i32(heads)), _i32(of_token))
+        offset = arith.addi(offset, arith.muli(arith.remui(row, _i32(heads)), _i32(of_head)))
+        offset = arith.addi(offset, arith.muli(pair, _i32(2)))
+        registers = np.empty(TILE.to_mgpu().registers_shape((BLOCK, width)), dtype=object)
+        for half, ref in enumerate(refs):
+            base = llvm.addrspacecast(llvm.PointerType.get(address_space=1), mgpu.utils.memref_ptr(ref))
+            for chunk in range(width // 8):
+                at = mgpu.utils.getelementptr(base, [arith.addi(offset, _i32(8 * chunk))], kind.element_type)
+                pair_of_columns = llvm.load(ir.VectorType.get((2,), kind.element_type), at, alignment=4)
+                registers[(0, chunk, 0, 0, half, 0, 0, 0, 0)] = pair_of_columns
+        return _array(registers, TILE)
+
+    return load(query, probe)
+
+
+def split(x: jax.Array, interpret: bool) -> tuple[jax.Array, jax.Array]:
+    """The queries' rows of a tile, and the probes': (32, columns) each."""
+    if interpret:
+        halves = x.reshape(-1, 2, ROWS, x.shape[1])
+        return tuple(halves[:, i].reshape(-1, x.shape[1]) for i in range(2))
+
+    @plgpu.inline_mgpu(arg_types=(TILE,), return_type=(_typed(x.shape[1], x.dtype, HALF),) * 2)
+    def halves(_, x):
+        shape = HALF.to_mgpu().registers_shape((BLOCK // 2, x.shape[1]))
+        return tuple(_array(x.registers.take(i, _HALVES).reshape(shape), HALF) for i in range(2))
+
+    return halves(x)
+
+
+def join(x: jax.Array, y: jax.Array, interpret: bool) -> jax.Array:
+    """The tile of which `split` gives x and y."""
+    if interpret:
+        return jnp.stack([z.reshape(-1, ROWS, x.shape[1]) for z in (x, y)], axis=1).reshape(BLOCK, x.shape[1])
+
+    @plgpu.inline_mgpu(arg_types=(HALF, HALF), return_type=_typed(x.shape[1], x.dtype, TILE))
+    def joined(_, x, y):
+        shape = TILE.to_mgpu().registers_shape((BLOCK, x.shape[1]))
+        halves = [z.registers.reshape(shape[:_HALVES] + shape[_HALVES + 1 :]) for z in (x, y)]
+        return _array(np.stack(halves, axis=_HALVES), TILE)
+
+    return joined(x, y)
+
+
+def line_width(rows: int) -> int:
+    """Columns of a tile of values that lie in a row in shared memory; matrix instructions take as many of its rows."""
+    return min(rows, 64)
+
+
+def hide(values, limit: jax.Array, interpret: bool) -> None:
+    """Zeroes rows from `limit` on of a tile of values, whatever lies there: 0 * NaN would reach the product."""
+    num_rows, width = values.shape
+    if interpret:
+        row = lax.broadcasted_iota(jnp.int32, values.shape, 0)
+        values[...] = jnp.where(row < limit, values[...], jnp.zeros((), values.dtype))
+        return
+    columns = line_width(num_rows)
+    transforms = plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns)
+    threads, lines = columns // 8, width // columns  # of 16 bytes for a line, of a row
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(transforms), plgpu.Layout.WG_SPLAT(())))
+    def zero(_, ref, limit):
+        thread = arith.remui(mgpu.utils.thread_idx(), _i32(128))
+        of_line, first = arith.remui(thread, _i32(threads)), arith.divui(thread, _i32(threads))
+        base = arith.addi(_shared_address(ref), arith.muli(of_line, _i32(16)))
+        for i in range(0, num_rows * lines, 128 // threads):
+            line = arith.addi(first, _i32(i))  # they lie 8 rows of a column of lines after one another; swizzles stay
+            row = arith.addi(arith.muli(arith.divui(line, _i32(8 * lines)), _i32(8)), arith.remui(line, _i32(8)))
+            mgpu.utils.inline_ptx(
+                "st.shared.v4.b32 [$0], {$1, $1, $1, $1};",
+                arith.addi(base, arith.muli(line, _i32(2 * columns))),
+                _i32(0),
+                predicate=arith.cmpi(arith.CmpIPredicate.sge, row, _scalar(limit)),
+                has_side_effects=True,
+            )
+        return ()
+
+    zero(values, limit)
+    plgpu.commit_smem()
+
+
+def exchange(state: tiles.State, part: jax.Array, stats_ref, sums_ref, *, rows: int, num_splits: int) -> None:
+    """Gives every row's state to the program of the cluster that merges it, and waits until all have done so.
+
+    Row i goes to program i % num_splits, into slot i // num_splits.
+
+    Args:
+      state: of this warpgroup, (32,) and (32, columns), the same in all warps.
+      part: number of this warpgroup among those that share the keys.
+      stats_ref: (slots, parts, 4) float32 in shared memory: m, d1 and t_mean.
+      sums_ref: (slots, parts, 1 or 2, columns) float32: o1 and o2.
+      rows: rows that there are.
+      num_splits: programs of the cluster.
+    """
+    stats = [x for x in (state.m, state.d1, state.t_mean) if x is not None]
+    sums = [x for x in (state.o1, state.o2) if x is not None]
+    _, num_parts, _, width = sums_ref.shape
+
+    @plgpu.inline_mgpu(
+        arg_types=(
+            [HALF_ROWS] * len(stats),
+            [HALF] * len(sums),
+            plgpu.Layout.WG_SPLAT(()),
+            plgpu.RefType(),
+            plgpu.RefType(),
+        )
+    )
+    def push(_, stats, sums, part, stats_ref, sums_ref):
+        warp, row, pair = _thread()
+        target, slot = arith.remui(row, _i32(num_splits)), arith.divui(row, _i32(num_splits))
+        place = arith.addi(arith.muli(slot, _i32(num_parts)), _scalar(part))
+        exists = arith.cmpi(arith.CmpIPredicate.ult, row, _i32(rows))
+        is_warp = [arith.cmpi(arith.CmpIPredicate.eq, warp, _i32(i)) for i in range(4)]
+        is_first = arith.cmpi(arith.CmpIPredicate.eq, pair, _i32(0))
+
+        def address(ref, size: int, offset=None):
+            """Of `place` in `ref`, of `size` floats each, in the target's shared memory."""
+            local = arith.addi(_shared_address(ref), arith.muli(place, _i32(4 * size)))
+            return mgpu.utils.inline_ptx(
+                "mapa.shared::cluster.u32 $0, $1, $2;",
+                local if offset is None else arith.addi(local, offset),
+                target,
+                result_types=ir.IntegerType.get_signless(32),
+            )
+
+        def store(kind: str, at, offset: int, values, predicate):
+            mgpu.utils.inline_ptx(
+                f"st.shared::cluster.{kind} [$0+{offset}], {{{', '.join(f'${i + 1}' for i in range(len(values)))}}};",
+                at,
+                *values,
+                predicate=arith.andi(exists, predicate),
+                has_side_effects=True,
+            )
+
+        at = address(sums_ref, len(sums) * width, arith.muli(pair, _i32(8)))
+        for chunk in range(width // 8):  # all warps hold the same: each stores a quarter
+            for i, x in enumerate(sums):
+                offset = 4 * (i * width + 8 * chunk)
+                store("v2.f32", at, offset, _elements(x.registers.flat[chunk]), is_warp[chunk % 4])
+        numbers = [_elements(x.registers.item())[0] for x in stats]
+        numbers += numbers[:1] * (4 - len(numbers))
+        store("v4.f32", address(stats_ref, 4), 0, numbers, arith.andi(is_first, is_warp[0]))
+        for what in ("arrive.release", "wait.acquire"):
+            mgpu.utils.inline_ptx(f"barrier.cluster.{what}.aligned;", has_side_effects=True, convergent=True)
+        return ()
+
+    push(stats, sums, part, stats_ref, sums_ref)

@@ -1,0 +1,123 @@
+"""Hopper's decode kernel without a GPU: numerics in Pallas' interpreter, lowering, and when it is taken."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
+
+from pallas_kernels import blocks
+from pallas_kernels.block_sizes import SHARED_MEMORY, MosaicGpuDecodeBlockSizes, TritonDecodeBlockSizes
+from pallas_kernels.mosaic_gpu import decode as kernel
+from parallax_jax import parallax_decode
+from tests.decode_conformance import HOPPER_CASES, TOLERANCE, draw, error, expected
+
+Sizes = MosaicGpuDecodeBlockSizes
+LAUNCHES = Sizes(64, 2, 2, 1), Sizes(32, 3, 1, 2), Sizes(32, 1, 2, 2), None, Sizes(128, 2, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("case", "sizes"),
+    list(zip(HOPPER_CASES, LAUNCHES, strict=True)),
+    ids=lambda x: getattr(x, "name", ""),
+)
+def test_interpreted(case, sizes):
+    operands, lengths, table = draw(case)
+    options = dict(local_window_size=case.window, page_table=table, block_sizes=sizes)
+    out = parallax_decode(*operands, lengths, implementation="mosaic_gpu", **options)
+    assert error(out, expected(case, operands, table)) <= TOLERANCE[case.dtype]
+
+
+def test_softmax_and_a_chunk_whose_last_tokens_are_padding():
+    case = HOPPER_CASES[1]
+    (query, probe, key, value), lengths, _ = draw(case, seed=1)
+    mask = blocks.Mask(jnp.maximum(lengths - 3, 0), lengths)  # queries from there on: the fourth is padding
+    decode = functools.partial(kernel.decode, scale=case.H**-0.5, block_sizes=Sizes(64, 1, 2, 1))
+    softmax = decode(query, None, key, value, mask, None)
+    without_probe = decode(query, jnp.zeros_like(probe), key, value, mask, None)
+    np.testing.assert_allclose(softmax, without_probe, atol=2e-3)
+    whole = parallax_decode(query[:1, :3], probe[:1, :3], key[:1], value[:1], lengths[:1], implementation="xla")
+    assert error(decode(query, probe, key, value, mask, None)[:1, :3], whole) <= TOLERANCE[case.dtype]
+
+
+def operands(batch, num_keys, heads=8, kv_heads=8, width=128, dtype=jnp.bfloat16, new=1, page_size=None):
+    """Shapes of query, probe, key, value, lengths and page table."""
+    rows, cache, pages = (batch, new, heads, width), (batch, num_keys, kv_heads, width), None
+    if page_size is not None:
+        cache = (batch * num_keys // page_size, page_size, kv_heads, width)
+        pages = jax.ShapeDtypeStruct((batch, num_keys // page_size), jnp.int32)
+    shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape in (rows, rows, cache, cache)]
+    return *shapes, jax.ShapeDtypeStruct((batch,), jnp.int32), pages
+
+
+def lowered(*shapes, device="NVIDIA H100 80GB HBM3", **options) -> str:
+    mesh = AbstractMesh((), (), abstract_device=AbstractDevice(device, num_cores=None, platform="gpu"))
+    call = lambda *x: parallax_decode(*x[:5], page_table=x[5], **options)
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.jit(call).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(
+    ("call", "is_taken"),
+    [
+        (dict(batch=1, num_keys=512), True),
+        (dict(batch=1, num_keys=16384), False),  # eight programs a head are too few
+        (dict(batch=1, num_keys=512, heads=32), True),
+        (dict(batch=1, num_keys=512, heads=128), False),  # 16 rows
+        (dict(batch=32, num_keys=4096), True),
+        (dict(batch=32, num_keys=4096, new=3), True),
+        (dict(batch=10, num_keys=4096), False),  # 80 programs on 132 cores
+        (dict(batch=64, num_keys=512, width=64), False),
+        (dict(batch=1, num_keys=512, width=96), False),
+        (dict(batch=1, num_keys=512, dtype=jnp.float32), False),
+        (dict(batch=32, num_keys=4096, page_size=64), True),
+        (dict(batch=32, num_keys=4096, page_size=16), False),
+    ],
+    ids=str,
+)
+def test_when_it_is_taken(call, is_taken):
+    text = lowered(*operands(**call))
+    assert ("custom_call @mosaic_gpu" in text, "triton" in text) == (is_taken, not is_taken)
+    assert text.count("custom_call @") == 1 if is_taken else True
+    assert "mosaic_gpu" not in lowered(*operands(**call), device="NVIDIA A100-SXM4-80GB")
+
+
+@pytest.mark.parametrize(
+    ("call", "sizes", "message"),
+    [
+        (dict(dtype=jnp.float32), None, "query: needs bfloat16 or float16, got float32"),
+        (dict(heads=72), None, "query: needs at most 8 rows for each kv head, got 9"),
+        (dict(width=96), None, r"key_cache: needs keys and values both \(64, 128\) wide, got 96 and 96"),
+        (dict(page_size=16), None, "page_table: needs pages of a multiple of 32 keys, got 16"),
+        (dict(), Sizes(64, 3, 2, 1), "block_sizes: 6 warpgroups share the cache's 4 tiles"),
+        (dict(), TritonDecodeBlockSizes(64, 1, 2, 2), "block_sizes: needs MosaicGpuDecodeBlockSizes, got Triton"),
+    ],
+    ids=str,
+)
+def test_what_it_does_not_take(call, sizes, message):
+    shapes = operands(**dict(batch=1, num_keys=256) | call)
+    with pytest.raises(NotImplementedError, match=message):
+        lowered(*shapes, implementation="mosaic_gpu", block_sizes=sizes)
+    with pytest.raises(NotImplementedError, match="needs a Hopper GPU"):
+        lowered(*operands(1, 256), implementation="mosaic_gpu", device="NVIDIA A100-SXM4-80GB")
+
+
+@pytest.mark.parametrize("sizes", [(48, 1, 1, 1), (64, 9, 1, 1), (64, 1, 3, 1), (64, 1, 1, 0)])
+def test_sizes_must_be_such_as_the_kernel_has(sizes):
+    with pytest.raises(ValueError, match="got .*, allowed are"):
+        Sizes(*sizes)
+
+
+def test_launches():
+    """Every warpgroup has a tile, a program's tiles fit shared memory, small calls leave room for clusters."""
+    for programs, num_keys, width in itertools.product((*range(1, 140), 500), (1, 33, 256, 700, 5000), (64, 128)):
+        query, _, key, value, *_ = operands(programs, num_keys, heads=1, kv_heads=1, width=width)
+        sizes = Sizes.heuristic(query, key, value, blocks.Mask(None, None), None)
+        assert sizes.num_parts <= -(-num_keys // sizes.block_k)
+        tile = 4 * width * sizes.block_k
+        assert sizes.num_groups * sizes.num_stages * tile <= SHARED_MEMORY["H100"] - (16 << 10)
+        assert sizes.num_splits == 1 or programs * sizes.num_splits <= 132
+        assert sizes.num_splits <= 4 or programs * sizes.num_splits <= 99
