@@ -277,24 +277,26 @@ class MosaicGpuDecodeBlockSizes:
         most = -(-num_tiles // (at_once if num_tiles <= at_once else splits))  # tiles of a program
         splits = -(-num_tiles // most)
         has_core = programs * splits <= _HOPPER_CORES
-        groups = 2 if has_core and most > 1 and most * block_k >= 256 else 1
+        groups = 2 if has_core and most * block_k >= 256 and most not in (1, 3) else 1
         tiles = -(-most // groups)
         return cls(block_k, splits, groups, min(tiles, 3 if has_core and groups == 1 else 2))
 
     @classmethod
     def outrun(cls, query, key, value, mask, page_table) -> str | None:
-        """Why kernels that split keys among more programs, or run more of them on a core, are faster; None if not."""
+        """Why other kernels are faster, or None: they split keys among more programs, and more of theirs fit a core."""
         programs, num_keys, width = _decode_size(query, key, value, mask, page_table)
-        splits = cls.heuristic(query, key, value, mask, page_table).num_splits
-        if _HOPPER_CORES // 2 < programs < _HOPPER_CORES * 5 // 6 or (width == 64 and programs > 2 * _HOPPER_CORES):
-            return f"{programs} heads x sequences leave cores idle"
-        if programs >= 32:
-            most = math.inf if splits < 3 or (width == 128 and num_keys >= 4096) else 352
+        keys = num_keys / cls.heuristic(query, key, value, mask, page_table).num_splits  # of a program
+        mib = programs * num_keys * width >> 18  # of keys and values
+        if programs < 8:
+            is_faster = keys <= 128
+        elif 2 * programs <= _HOPPER_CORES * 3 // 4:  # clusters leave cores idle
+            most = 352 if width == 128 or programs >= 32 else 256
+            is_faster = keys <= most or (programs >= 16 and 64 <= mib <= 128)
         else:
-            most = 128 if programs < 8 else 352 if width == 128 else 256
-        if num_keys > most * splits:
-            return f"{programs} heads x sequences of {num_keys} keys are split among more programs than a cluster has"
-        return None
+            is_faster = programs <= _HOPPER_CORES or (num_keys < 8192 and (width == 128 or programs <= 2 * _HOPPER_CORES))
+        if width == 64 and programs >= 32 and num_keys <= 128:
+            is_faster = False
+        return None if is_faster else f"slower with {programs} heads x sequences of {num_keys} keys"
 
 
 _HOPPER_CORES = 132  # of an H100 SXM or H200

@@ -69,8 +69,11 @@ def lowered(*shapes, device="NVIDIA H100 80GB HBM3", **options) -> str:
         (dict(batch=1, num_keys=512, heads=128), False),  # 16 rows
         (dict(batch=32, num_keys=4096), True),
         (dict(batch=32, num_keys=4096, new=3), True),
-        (dict(batch=10, num_keys=4096), False),  # 80 programs on 132 cores
+        (dict(batch=10, num_keys=4096), True),
+        (dict(batch=32, num_keys=32768), False),
+        (dict(batch=4, num_keys=2048), False),
         (dict(batch=64, num_keys=512, width=64), False),
+        (dict(batch=4, num_keys=128, width=64), False),
         (dict(batch=1, num_keys=512, width=96), False),
         (dict(batch=1, num_keys=512, dtype=jnp.float32), False),
         (dict(batch=32, num_keys=4096, page_size=64), True),

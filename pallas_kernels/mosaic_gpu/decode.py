@@ -20,7 +20,7 @@ from pallas_kernels import blocks, device, tiles
 from pallas_kernels.block_sizes import MosaicGpuDecodeBlockSizes
 from pallas_kernels.mosaic_gpu import common
 from pallas_kernels.mosaic_gpu.common import BLOCK
-from pallas_kernels.mosaic_gpu.registers import HALF, HALF_ROWS, ROWS, exchange, gather, hide, join, line_width, split
+from pallas_kernels.mosaic_gpu.registers import HALF, HALF_ROWS, ROWS, exchange, expect, gather, hide, join, line_width, split
 
 WIDTHS = 64, 128  # of heads
 
@@ -121,6 +121,9 @@ def _decode(query, probe, key, value, mask, page_table, *, scale, config: Mosaic
 
         if mask.window is None:
             copy(0, part)
+        if not interpret:
+            rows_here = lax.div(rows - 1 - own + num_splits, num_splits)
+            expect(s.inbox, rows_here * num_parts * 4 * (4 + (1 + len(probes)) * width))
         own_rows = pl.ds(0, num_queries), pl.ds(kv * group_heads, group_heads)
         both = gather(*(x.at[b, *own_rows] for x in (q_ref, *(r_ref or [q_ref]))), rows, interpret)
         length = jnp.minimum(given["lengths"][b], num_keys)
@@ -159,8 +162,8 @@ def _decode(query, probe, key, value, mask, page_table, *, scale, config: Mosaic
                     visible &= across > tiles.spread(position - mask.window - key, s1)
                 m, a, p = tiles.softmax_weights(m, s1, c, visible)
                 d1 = jnp.sum(p, axis=-1)
-                if probe is None:
-                    return m, a, d1, jnp.zeros_like(d1), centre, join(p, jnp.zeros_like(p), interpret).astype(dtype)
+                if probe is None:  # the other half is not used
+                    return m, a, d1, d1, None, join(p, p, interpret).astype(dtype)
                 t = jnp.where(visible, t, 0.0)
                 if centre is None:  # near t_mean where one key, or a part of all keys, dominates t
                     centre = jnp.sum(p * t, axis=-1) / jnp.where(d1 == 0.0, 1.0, d1)
@@ -199,7 +202,7 @@ def _decode(query, probe, key, value, mask, page_table, *, scale, config: Mosaic
             for ref, x in zip(out_refs, jax.tree.leaves(state), strict=True):
                 ref[part, program] = x[:rows]
             return
-        exchange(state, part, s.stats, s.sums, rows=rows, num_splits=num_splits)
+        exchange(state, part, s.inbox, s.stats, s.sums, rows=rows, num_splits=num_splits)
 
         def merge(slot, row):
             def load(i):
@@ -234,6 +237,7 @@ def _decode(query, probe, key, value, mask, page_table, *, scale, config: Mosaic
         launch = dict(grid=(programs * num_splits,), interpret=plgpu.InterpretGPUParams())
     else:
         launch |= dict(cluster=(num_splits,), cluster_names=("split",)) if num_splits > 1 else {}
+        scratch["inbox"] = plgpu.SMEM((2,), jnp.int32)
         scratch["stats"] = plgpu.SMEM((slots, num_parts, 4), jnp.float32)
         scratch["sums"] = plgpu.SMEM((slots, num_parts, 1 + len(probes), width), jnp.float32)
     results = plgpu.kernel(

@@ -4,8 +4,10 @@ A tile of matrix instructions has 64 rows, 16 to a warp. Here rows 0 to 7 of 16 
 15 their probes, the same in all four warps. A thread holds rows i and i + 8 in registers of their own, so that taking a
 tile apart moves nothing.
 
-Every function has a plain version for Pallas' interpreter, but for `exchange`.
+Every function has a plain version for Pallas' interpreter, but for those of a cluster.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -163,14 +165,38 @@ def hide(values, limit: jax.Array, interpret: bool) -> None:
     plgpu.commit_smem()
 
 
-def exchange(state: tiles.State, part: jax.Array, stats_ref, sums_ref, *, rows: int, num_splits: int) -> None:
-    """Gives every row's state to the program of the cluster that merges it, and waits until all have done so.
+def expect(inbox_ref, num_bytes: jax.Array) -> None:
+    """Readies this program for what the cluster's programs send it by `exchange`; all its warpgroups call this.
 
-    Row i goes to program i % num_splits, into slot i // num_splits.
+    Args:
+      inbox_ref: (2,) int32 in shared memory, a barrier.
+      num_bytes: that will come.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT(())))
+    def ready(_, inbox, num_bytes):
+        is_first = arith.cmpi(arith.CmpIPredicate.eq, mgpu.utils.thread_idx(), _i32(0))
+        ptx = functools.partial(mgpu.utils.inline_ptx, has_side_effects=True)
+        ptx("mbarrier.init.shared::cta.b64 [$0], 1;", _shared_address(inbox), predicate=is_first)
+        ptx("fence.mbarrier_init.release.cluster;", predicate=is_first)
+        to_come = _shared_address(inbox), _scalar(num_bytes)
+        ptx("mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;", *to_come, predicate=is_first)
+        ptx("barrier.cluster.arrive.relaxed.aligned;", convergent=True)
+        return ()
+
+    ready(inbox_ref, num_bytes)
+
+
+def exchange(state: tiles.State, part: jax.Array, inbox_ref, stats_ref, sums_ref, *, rows: int, num_splits: int) -> None:
+    """Sends every row's state to the program of the cluster that merges it, and waits for what comes from the others.
+
+    Row i goes to program i % num_splits, into slot i // num_splits. Every store tells the receiver's barrier, so that
+    no fence holds up the sender.
 
     Args:
       state: of this warpgroup, (32,) and (32, columns), the same in all warps.
       part: number of this warpgroup among those that share the keys.
+      inbox_ref: as in `expect`, which must have been called.
       stats_ref: (slots, parts, 4) float32 in shared memory: m, d1 and t_mean.
       sums_ref: (slots, parts, 1 or 2, columns) float32: o1 and o2.
       rows: rows that there are.
@@ -187,45 +213,51 @@ def exchange(state: tiles.State, part: jax.Array, stats_ref, sums_ref, *, rows: 
             plgpu.Layout.WG_SPLAT(()),
             plgpu.RefType(),
             plgpu.RefType(),
+            plgpu.RefType(),
         )
     )
-    def push(_, stats, sums, part, stats_ref, sums_ref):
+    def send(_, stats, sums, part, inbox, stats_ref, sums_ref):
         warp, row, pair = _thread()
         target, slot = arith.remui(row, _i32(num_splits)), arith.divui(row, _i32(num_splits))
         place = arith.addi(arith.muli(slot, _i32(num_parts)), _scalar(part))
         exists = arith.cmpi(arith.CmpIPredicate.ult, row, _i32(rows))
-        is_warp = [arith.cmpi(arith.CmpIPredicate.eq, warp, _i32(i)) for i in range(4)]
-        is_first = arith.cmpi(arith.CmpIPredicate.eq, pair, _i32(0))
+        is_equal = functools.partial(arith.cmpi, arith.CmpIPredicate.eq)
+        ptx = functools.partial(mgpu.utils.inline_ptx, has_side_effects=True)
+        ptx("barrier.cluster.wait.acquire.aligned;", convergent=True)  # all inboxes are ready
 
-        def address(ref, size: int, offset=None):
-            """Of `place` in `ref`, of `size` floats each, in the target's shared memory."""
-            local = arith.addi(_shared_address(ref), arith.muli(place, _i32(4 * size)))
-            return mgpu.utils.inline_ptx(
-                "mapa.shared::cluster.u32 $0, $1, $2;",
-                local if offset is None else arith.addi(local, offset),
-                target,
-                result_types=ir.IntegerType.get_signless(32),
-            )
+        def at_target(ref, offset: ir.Value) -> ir.Value:
+            """Address of a byte of `ref` in the target's shared memory."""
+            local, kind = arith.addi(_shared_address(ref), offset), ir.IntegerType.get_signless(32)
+            return mgpu.utils.inline_ptx("mapa.shared::cluster.u32 $0, $1, $2;", local, target, result_types=kind)
 
-        def store(kind: str, at, offset: int, values, predicate):
-            mgpu.utils.inline_ptx(
-                f"st.shared::cluster.{kind} [$0+{offset}], {{{', '.join(f'${i + 1}' for i in range(len(values)))}}};",
-                at,
+        inbox_there = at_target(inbox, _i32(0))
+
+        def store(to, offset: int, values):
+            names = ", ".join(f"${i + 1}" for i in range(len(values)))
+            ptx(
+                f"st.async.shared::cluster.mbarrier::complete_tx::bytes.v{len(values)}.f32"
+                f" [$0+{offset}], {{{names}}}, [${len(values) + 1}];",
+                to,
                 *values,
-                predicate=arith.andi(exists, predicate),
-                has_side_effects=True,
+                inbox_there,
             )
 
-        at = address(sums_ref, len(sums) * width, arith.muli(pair, _i32(8)))
-        for chunk in range(width // 8):  # all warps hold the same: each stores a quarter
-            for i, x in enumerate(sums):
-                offset = 4 * (i * width + 8 * chunk)
-                store("v2.f32", at, offset, _elements(x.registers.flat[chunk]), is_warp[chunk % 4])
+        to = at_target(sums_ref, arith.addi(arith.muli(place, _i32(4 * len(sums) * width)), arith.muli(pair, _i32(8))))
+        for quarter in range(4):  # all warps hold the same: each stores a part
+            with mgpu.utils.when(arith.andi(exists, is_equal(warp, _i32(quarter)))):
+                for i, x in enumerate(sums):
+                    for chunk in range(quarter * width // 32, (quarter + 1) * width // 32):
+                        store(to, 4 * (i * width + 8 * chunk), _elements(x.registers.flat[chunk]))
         numbers = [_elements(x.registers.item())[0] for x in stats]
         numbers += numbers[:1] * (4 - len(numbers))
-        store("v4.f32", address(stats_ref, 4), 0, numbers, arith.andi(is_first, is_warp[0]))
-        for what in ("arrive.release", "wait.acquire"):
-            mgpu.utils.inline_ptx(f"barrier.cluster.{what}.aligned;", has_side_effects=True, convergent=True)
+        to = at_target(stats_ref, arith.muli(place, _i32(16)))
+        with mgpu.utils.when(arith.andi(exists, is_equal(arith.addi(warp, pair), _i32(0)))):
+            store(to, 0, numbers)
+        ptx(
+            "{ .reg .pred done; again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [$0], 0;"
+            " @!done bra again; }",
+            _shared_address(inbox),
+        )
         return ()
 
-    push(stats, sums, part, stats_ref, sums_ref)
+    send(stats, sums, part, inbox_ref, stats_ref, sums_ref)
