@@ -121,7 +121,7 @@ def _decode(query, probe, key, value, mask, page_table, *, scale, config: Mosaic
 
         if mask.window is None:
             copy(0, part)
-        if not interpret:
+        if num_splits > 1 and not interpret:
             rows_here = lax.div(rows - 1 - own + num_splits, num_splits)
             expect(s.inbox, rows_here * num_parts * 4 * (4 + (1 + len(probes)) * width))
         own_rows = pl.ds(0, num_queries), pl.ds(kv * group_heads, group_heads)
@@ -163,12 +163,14 @@ def _decode(query, probe, key, value, mask, page_table, *, scale, config: Mosaic
                 m, a, p = tiles.softmax_weights(m, s1, c, visible)
                 d1 = jnp.sum(p, axis=-1)
                 if probe is None:  # the other half is not used
-                    return m, a, d1, d1, None, join(p, p, interpret).astype(dtype)
+                    return m, a, d1, jnp.zeros_like(d1), None, join(p, p, interpret).astype(dtype)
                 t = jnp.where(visible, t, 0.0)
-                if centre is None:  # near t_mean where one key, or a part of all keys, dominates t
+                is_first = centre is None
+                if is_first:  # near t_mean where one key, or a part of all keys, dominates t
                     centre = jnp.sum(p * t, axis=-1) / jnp.where(d1 == 0.0, 1.0, d1)
                 p2 = p * (t - tiles.spread(centre, t))
-                return m, a, d1, jnp.sum(p2, axis=-1), centre, join(p, p2, interpret).astype(dtype)
+                d2 = jnp.zeros_like(d1) if is_first else jnp.sum(p2, axis=-1)
+                return m, a, d1, d2, centre, join(p, p2, interpret).astype(dtype)
 
             def add_values(i, p):
                 end_here = end - (first + i * num_parts) * block
@@ -195,6 +197,8 @@ def _decode(query, probe, key, value, mask, page_table, *, scale, config: Mosaic
             o1, o2 = split(common.read(o), interpret)
             if probe is None:
                 return tiles.State(m, d1, None, o1, None)
+            if has_one_tile:
+                return tiles.State(m, d1, centre, o1, o2)
             return tiles.from_fixed_centre(m, d1, d2, o1, o2, centre)
 
         state = pl.run_scoped(attend, *common.accumulators(width, block))
@@ -202,7 +206,7 @@ def _decode(query, probe, key, value, mask, page_table, *, scale, config: Mosaic
             for ref, x in zip(out_refs, jax.tree.leaves(state), strict=True):
                 ref[part, program] = x[:rows]
             return
-        exchange(state, part, s.inbox, s.stats, s.sums, rows=rows, num_splits=num_splits)
+        exchange(state, part, scratch.get("inbox"), s.stats, s.sums, rows=rows, num_splits=num_splits)
 
         def merge(slot, row):
             def load(i):
@@ -236,8 +240,9 @@ def _decode(query, probe, key, value, mask, page_table, *, scale, config: Mosaic
     if interpret:
         launch = dict(grid=(programs * num_splits,), interpret=plgpu.InterpretGPUParams())
     else:
-        launch |= dict(cluster=(num_splits,), cluster_names=("split",)) if num_splits > 1 else {}
-        scratch["inbox"] = plgpu.SMEM((2,), jnp.int32)
+        if num_splits > 1:
+            launch |= dict(cluster=(num_splits,), cluster_names=("split",))
+            scratch["inbox"] = plgpu.SMEM((2,), jnp.int32)
         scratch["stats"] = plgpu.SMEM((slots, num_parts, 4), jnp.float32)
         scratch["sums"] = plgpu.SMEM((slots, num_parts, 1 + len(probes), width), jnp.float32)
     results = plgpu.kernel(

@@ -166,7 +166,7 @@ def hide(values, limit: jax.Array, interpret: bool) -> None:
 
 
 def expect(inbox_ref, num_bytes: jax.Array) -> None:
-    """Readies this program for what the cluster's programs send it by `exchange`; all its warpgroups call this.
+    """Readies a cluster's program for what the others send it by `exchange`; all its warpgroups call this.
 
     Args:
       inbox_ref: (2,) int32 in shared memory, a barrier.
@@ -190,13 +190,13 @@ def expect(inbox_ref, num_bytes: jax.Array) -> None:
 def exchange(state: tiles.State, part: jax.Array, inbox_ref, stats_ref, sums_ref, *, rows: int, num_splits: int) -> None:
     """Sends every row's state to the program of the cluster that merges it, and waits for what comes from the others.
 
-    Row i goes to program i % num_splits, into slot i // num_splits. Every store tells the receiver's barrier, so that
-    no fence holds up the sender.
+    Row i goes to program i % num_splits, into slot i // num_splits. Every store to another program tells the receiver's
+    barrier, so that no fence holds up the sender.
 
     Args:
       state: of this warpgroup, (32,) and (32, columns), the same in all warps.
       part: number of this warpgroup among those that share the keys.
-      inbox_ref: as in `expect`, which must have been called.
+      inbox_ref: as in `expect`, which must have been called; None where a program is alone.
       stats_ref: (slots, parts, 4) float32 in shared memory: m, d1 and t_mean.
       sums_ref: (slots, parts, 1 or 2, columns) float32: o1 and o2.
       rows: rows that there are.
@@ -205,42 +205,42 @@ def exchange(state: tiles.State, part: jax.Array, inbox_ref, stats_ref, sums_ref
     stats = [x for x in (state.m, state.d1, state.t_mean) if x is not None]
     sums = [x for x in (state.o1, state.o2) if x is not None]
     _, num_parts, _, width = sums_ref.shape
+    inboxes = [] if inbox_ref is None else [inbox_ref]
 
     @plgpu.inline_mgpu(
         arg_types=(
             [HALF_ROWS] * len(stats),
             [HALF] * len(sums),
             plgpu.Layout.WG_SPLAT(()),
-            plgpu.RefType(),
+            [plgpu.RefType()] * len(inboxes),
             plgpu.RefType(),
             plgpu.RefType(),
         )
     )
-    def send(_, stats, sums, part, inbox, stats_ref, sums_ref):
+    def send(_, stats, sums, part, inboxes, stats_ref, sums_ref):
         warp, row, pair = _thread()
         target, slot = arith.remui(row, _i32(num_splits)), arith.divui(row, _i32(num_splits))
         place = arith.addi(arith.muli(slot, _i32(num_parts)), _scalar(part))
         exists = arith.cmpi(arith.CmpIPredicate.ult, row, _i32(rows))
         is_equal = functools.partial(arith.cmpi, arith.CmpIPredicate.eq)
         ptx = functools.partial(mgpu.utils.inline_ptx, has_side_effects=True)
-        ptx("barrier.cluster.wait.acquire.aligned;", convergent=True)  # all inboxes are ready
+        if inboxes:  # all are ready
+            ptx("barrier.cluster.wait.acquire.aligned;", convergent=True)
 
         def at_target(ref, offset: ir.Value) -> ir.Value:
             """Address of a byte of `ref` in the target's shared memory."""
             local, kind = arith.addi(_shared_address(ref), offset), ir.IntegerType.get_signless(32)
+            if not inboxes:
+                return local
             return mgpu.utils.inline_ptx("mapa.shared::cluster.u32 $0, $1, $2;", local, target, result_types=kind)
 
-        inbox_there = at_target(inbox, _i32(0))
+        inboxes_there = [at_target(x, _i32(0)) for x in inboxes]
+        kind, last = ("async.shared::cluster.mbarrier::complete_tx::bytes", ", [$@]") if inboxes else ("shared::cta", "")
 
         def store(to, offset: int, values):
-            names = ", ".join(f"${i + 1}" for i in range(len(values)))
-            ptx(
-                f"st.async.shared::cluster.mbarrier::complete_tx::bytes.v{len(values)}.f32"
-                f" [$0+{offset}], {{{names}}}, [${len(values) + 1}];",
-                to,
-                *values,
-                inbox_there,
-            )
+            size = len(values)
+            names, inbox = ", ".join(f"${i + 1}" for i in range(size)), last.replace("@", str(size + 1))
+            ptx(f"st.{kind}.v{size}.f32 [$0+{offset}], {{{names}}}{inbox};", to, *values, *inboxes_there)
 
         to = at_target(sums_ref, arith.addi(arith.muli(place, _i32(4 * len(sums) * width)), arith.muli(pair, _i32(8))))
         for quarter in range(4):  # all warps hold the same: each stores a part
@@ -253,11 +253,11 @@ def exchange(state: tiles.State, part: jax.Array, inbox_ref, stats_ref, sums_ref
         to = at_target(stats_ref, arith.muli(place, _i32(16)))
         with mgpu.utils.when(arith.andi(exists, is_equal(arith.addi(warp, pair), _i32(0)))):
             store(to, 0, numbers)
-        ptx(
-            "{ .reg .pred done; again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [$0], 0;"
-            " @!done bra again; }",
-            _shared_address(inbox),
-        )
+        wait = "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [$0], 0;"
+        if inboxes:
+            ptx(f"{{ .reg .pred done; again: {wait} @!done bra again; }}", _shared_address(inboxes[0]))
+        else:
+            ptx("bar.sync 0;", convergent=True)
         return ()
 
-    send(stats, sums, part, inbox_ref, stats_ref, sums_ref)
+    send(stats, sums, part, inboxes, stats_ref, sums_ref)
