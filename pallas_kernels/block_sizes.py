@@ -285,7 +285,8 @@ class MosaicGpuDecodeBlockSizes:
     def outrun(cls, query, key, value, mask, page_table) -> str | None:
         """Why other kernels are faster, or None: they split keys among more programs, and more of theirs fit a core."""
         programs, num_keys, width = _decode_size(query, key, value, mask, page_table)
-        keys = num_keys / cls.heuristic(query, key, value, mask, page_table).num_splits  # of a program
+        splits = cls.heuristic(query, key, value, mask, page_table).num_splits
+        keys = num_keys / splits  # of a program
         mib = programs * num_keys * width >> 18  # of keys and values
         if programs < 8:
             is_faster = keys <= 128
@@ -294,7 +295,7 @@ class MosaicGpuDecodeBlockSizes:
             is_faster = keys <= most or (programs >= 16 and 64 <= mib <= 128)
         else:
             is_faster = programs <= _HOPPER_CORES or (num_keys < 8192 and (width == 128 or programs <= 2 * _HOPPER_CORES))
-        if width == 64 and programs >= 32 and num_keys <= 128:
+        if width == 64 and splits == 1 and num_keys <= 128:
             is_faster = False
         return None if is_faster else f"slower with {programs} heads x sequences of {num_keys} keys"
 

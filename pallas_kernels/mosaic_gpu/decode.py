@@ -34,6 +34,8 @@ def unsupported(query, probe, key, value, mask, page_table, *, scale, block_size
         return f"query: needs at most {ROWS} rows for each kv head, got {rows}"
     if key.shape[3] not in WIDTHS or value.shape[3] != key.shape[3]:
         return f"key_cache: needs keys and values both {WIDTHS} wide, got {key.shape[3]} and {value.shape[3]}"
+    if key.shape[1] % 8:  # the rows of a swizzled tile
+        return f"key_cache: needs room for a multiple of 8 keys, got {key.shape[1]}"
     if block_sizes is not None and not isinstance(block_sizes, MosaicGpuDecodeBlockSizes):
         return f"block_sizes: needs MosaicGpuDecodeBlockSizes, got {type(block_sizes).__name__}"
     config = block_sizes or MosaicGpuDecodeBlockSizes.heuristic(query, key, value, mask, page_table)
