@@ -277,7 +277,8 @@ class MosaicGpuDecodeBlockSizes:
         most = -(-num_tiles // (at_once if num_tiles <= at_once else splits))  # tiles of a program
         splits = -(-num_tiles // most)
         has_core = programs * splits <= _HOPPER_CORES
-        groups = 2 if has_core and most * block_k >= 256 and most not in (1, 3) else 1
+        can_pair = most not in (1, 3) and 2 * splits <= num_tiles
+        groups = 2 if has_core and can_pair and most * block_k >= 256 else 1
         tiles = -(-most // groups)
         return cls(block_k, splits, groups, min(tiles, 3 if has_core and groups == 1 else 2))
 
@@ -288,15 +289,17 @@ class MosaicGpuDecodeBlockSizes:
         splits = cls.heuristic(query, key, value, mask, page_table).num_splits
         keys = num_keys / splits  # of a program
         mib = programs * num_keys * width >> 18  # of keys and values
+        is_wide, has_group = width == 128, query.shape[1] * query.shape[2] > key.shape[2]
         if programs < 8:
             is_faster = keys <= 128
-        elif 2 * programs <= _HOPPER_CORES * 3 // 4:  # clusters leave cores idle
-            most = 352 if width == 128 or programs >= 32 else 256
-            is_faster = keys <= most or (programs >= 16 and 64 <= mib <= 128)
+        elif programs <= _HOPPER_CORES * 3 // 8:  # clusters of more than two leave cores idle, which memory forgives
+            is_faster = keys <= (352 if is_wide or programs >= 32 else 256)
+            is_faster |= programs >= 16 and 64 <= mib < (128 if is_wide else 256)
+        elif programs <= _HOPPER_CORES:
+            is_faster = is_wide or splits > 1 or num_keys > 128
         else:
-            is_faster = programs <= _HOPPER_CORES or (num_keys < 8192 and (width == 128 or programs <= 2 * _HOPPER_CORES))
-        if width == 64 and splits == 1 and num_keys <= 128:
-            is_faster = False
+            is_faster = num_keys < (4096 if has_group else 8192) and (is_wide or programs <= 2 * _HOPPER_CORES)
+            is_faster &= is_wide or num_keys > 128
         return None if is_faster else f"slower with {programs} heads x sequences of {num_keys} keys"
 
 

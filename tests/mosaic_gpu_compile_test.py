@@ -8,6 +8,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from pallas_kernels import blocks, mosaic_gpu
+from pallas_kernels.block_sizes import MosaicGpuDecodeBlockSizes
+from pallas_kernels.mosaic_gpu import decode
 from train.gpus import gpu_devices
 
 pytestmark = pytest.mark.compile
@@ -70,3 +72,46 @@ def test_products_overlap(call, monkeypatch, capfd):
     assert not SERIALISED.findall(report)
     most = MOST_SPILLED if {"window", "packed", "ragged"} & call.keys() else MOST_SPILLED_PLAIN
     assert all(int(size) <= most for sizes in SPILLS.findall(report) for size in sizes)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "call"),
+    [
+        ((64, 8, 1, 2), {}),
+        ((32, 8, 1, 1), dict(num_keys=256)),
+        ((128, 6, 2, 2), dict(width=64)),
+        ((64, 1, 1, 2), dict(dtype=jnp.float16)),
+        ((64, 1, 2, 2), dict(page_size=64, window=300)),
+        ((64, 3, 2, 3), dict(new=4, heads=2, window=300)),
+        ((64, 2, 2, 2), dict(has_probe=False)),
+    ],
+    ids=str,
+)
+def test_decode(sizes, call, monkeypatch, capfd):
+    """No product waits for registers, and nothing spills."""
+    default = dict(num_keys=4096, new=1, heads=1, width=128, dtype=jnp.bfloat16, page_size=None, window=None)
+    call = dict(default, has_probe=True) | call
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    mesh = jax.sharding.Mesh(gpu_devices(1), ("x",))
+    shape = lambda *x, dtype=call["dtype"]: jax.ShapeDtypeStruct(
+        x, dtype, sharding=NamedSharding(mesh, PartitionSpec())
+    )
+    query, key, pages = shape(2, call["new"], 4 * call["heads"], call["width"]), (2, call["num_keys"]), None
+    if call["page_size"] is not None:
+        per_sequence = call["num_keys"] // call["page_size"]
+        key, pages = (2 * per_sequence, call["page_size"]), shape(2, per_sequence, dtype=jnp.int32)
+    key = shape(*key, 4, call["width"])
+
+    def run(query, probe, key, value, lengths, pages):
+        mask = blocks.Mask(None, lengths, window=call["window"])
+        probe = probe if call["has_probe"] else None
+        launch = MosaicGpuDecodeBlockSizes(*sizes)
+        return decode.decode(query, probe, key, value, mask, pages, scale=0.1, block_sizes=launch)
+
+    with jax.set_mesh(mesh):
+        traced = jax.jit(run).trace(query, query, key, key, shape(2, dtype=jnp.int32), pages)
+        traced.lower(lowering_platforms=("cuda",)).compile()
+    report = "".join(capfd.readouterr())
+    assert report.count("Compiling entry function") == 1
+    assert "C75" not in report
+    assert re.findall(r"(\d+) bytes spill", report) == ["0", "0"]
