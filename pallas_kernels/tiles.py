@@ -94,6 +94,31 @@ def sums(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.sum(x, axis=-1), jnp.sum(y, axis=-1)
 
 
+def weigh_rows(
+    m: jax.Array,
+    d1: jax.Array,
+    t_mean: jax.Array,
+    s1: jax.Array,
+    s2: jax.Array,
+    c: float,
+    visible: jax.Array | None,
+    sums: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]] = sums,
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], jax.Array, jax.Array, jax.Array]:
+    """`weigh` without the sums over values: (m, d1, t_mean) moved, the factor for these sums, p and p (t - t_mean)."""
+    m, a, p = softmax_weights(m, s1, c, visible)
+    old = a * d1
+    p_sum, t_sum = sums(p, p * s2)
+    d1 = old + p_sum
+    t_mean = (old * t_mean + t_sum) / _nonzero(d1)
+    return (m, d1, t_mean), a, p, p * (s2 - spread(t_mean, s2))
+
+
+def move_values(o1: jax.Array, o2: jax.Array, a: jax.Array, moved: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The sums over values for a new maximum, the old one times the factor a, and for t_mean that fell by `moved`."""
+    o1 = spread(a, o1) * o1
+    return o1, spread(a, o2) * o2 + spread(moved, o1) * o1
+
+
 def weigh(
     state: State,
     s1: jax.Array,
@@ -107,14 +132,8 @@ def weigh(
     What is left to do is to add the products of these weights with the tile's values to o1 and o2. `sums` may be a
     kernel's own version of the function of that name.
     """
-    m, a, p = softmax_weights(state.m, s1, c, visible)
-    old = a * state.d1
-    p_sum, t_sum = sums(p, p * s2)
-    d1 = old + p_sum
-    t_mean = (old * state.t_mean + t_sum) / _nonzero(d1)
-    o1 = spread(a, state.o1) * state.o1
-    o2 = spread(a, state.o2) * state.o2 + spread(state.t_mean - t_mean, o1) * o1
-    return State(m, d1, t_mean, o1, o2), p, p * (s2 - spread(t_mean, s2))
+    rows, a, p, p2 = weigh_rows(state.m, state.d1, state.t_mean, s1, s2, c, visible, sums)
+    return State(*rows, *move_values(state.o1, state.o2, a, state.t_mean - rows[2])), p, p2
 
 
 def weigh_softmax(state: State, s1: jax.Array, c: float, visible: jax.Array | None) -> tuple[State, jax.Array]:

@@ -77,6 +77,21 @@ def draw(case: Case, seed=0):
     return operands, jnp.asarray(case.lengths, jnp.int32), table
 
 
+def draw_needle(case: Case):
+    """`draw`, where in each sequence one late key takes nearly all the weight, and its t is far from the others'."""
+    (query, probe, key, value), lengths, table = draw(case)
+    q, r = (np.asarray(x, np.float64)[:, 0, 0] for x in (query, probe))
+    q_norm = np.linalg.norm(q, axis=1, keepdims=True)
+    r -= q * np.sum(q * r, axis=1, keepdims=True) / q_norm**2
+    needle = 12 * case.H**0.5 * q / q_norm**2 + 100 * r / np.linalg.norm(r, axis=1, keepdims=True) ** 2
+    at = np.arange(len(case.lengths)), lengths - lengths // 3
+    key = key.at[*at, 0].set(jnp.asarray(needle, key.dtype))
+    return (query, probe, key, value), lengths, table
+
+
+NEEDLE = Case("needle", (500, 333), S=512, N=1, K=1, H=64, Hv=64, dtype="bfloat16")
+
+
 def expected(case: Case, operands, table):
     """Each sequence alone, without padding or pages, in float64 by the definition."""
     query, probe, key, value = (np.asarray(x.astype(jnp.float32), np.float64) for x in operands)
@@ -120,6 +135,11 @@ class DecodeConformance:
         out = self.decode(*operands, lengths, local_window_size=case.window, page_table=table)
         assert out.dtype == operands[0].dtype
         assert error(out, expected(case, operands, table)) <= TOLERANCE[case.dtype]
+
+    def test_a_late_key_that_dominates(self):
+        operands, lengths, table = draw_needle(NEEDLE)
+        out = self.decode(*operands, lengths)
+        assert error(out, expected(NEEDLE, operands, table)) <= TOLERANCE[NEEDLE.dtype]
 
     @pytest.mark.parametrize("name", ["step", "paged_pages_of_48_window"])
     def test_any_block_sizes(self, name):

@@ -13,7 +13,7 @@ from pallas_kernels import blocks
 from pallas_kernels.block_sizes import SHARED_MEMORY, MosaicGpuDecodeBlockSizes, TritonDecodeBlockSizes
 from pallas_kernels.mosaic_gpu import decode as kernel
 from parallax_jax import parallax_decode
-from tests.decode_conformance import HOPPER_CASES, TOLERANCE, draw, error, expected
+from tests.decode_conformance import HOPPER_CASES, NEEDLE, TOLERANCE, draw, draw_needle, error, expected
 
 Sizes = MosaicGpuDecodeBlockSizes
 LAUNCHES = Sizes(64, 2, 2, 1), Sizes(32, 3, 1, 2), Sizes(32, 1, 2, 2), None, Sizes(128, 2, 1, 1)
@@ -29,6 +29,13 @@ def test_interpreted(case, sizes):
     options = dict(local_window_size=case.window, page_table=table, block_sizes=sizes)
     out = parallax_decode(*operands, lengths, implementation="mosaic_gpu", **options)
     assert error(out, expected(case, operands, table)) <= TOLERANCE[case.dtype]
+
+
+def test_a_late_key_that_dominates():
+    """A centre fixed in the first tile would make an error of 0.3."""
+    operands, lengths, table = draw_needle(NEEDLE)
+    out = parallax_decode(*operands, lengths, implementation="mosaic_gpu", block_sizes=Sizes(32, 2, 1, 2))
+    assert error(out, expected(NEEDLE, operands, table)) <= TOLERANCE[NEEDLE.dtype]
 
 
 def test_softmax_and_a_chunk_whose_last_tokens_are_padding():

@@ -154,7 +154,8 @@ def _decode(query, probe, key, value, mask, page_table, *, scale, config: Mosaic
                 common.assign(s12, common.zeros(block), interpret)
                 common.add_product(s12, both, s.k.at[slot(i)].transpose((1, 0)), interpret)
 
-            def weights(i, m, centre, pending=0):
+            def weights(i, stats, pending=0):
+                """Statistics of the rows moved by tile i, the factor and the shift for their sums, and its weights."""
                 s1, t = split(common.read(s12, pending=pending), interpret)
                 refill(i, "k")
                 key = (first + i * num_parts) * block
@@ -162,17 +163,13 @@ def _decode(query, probe, key, value, mask, page_table, *, scale, config: Mosaic
                 visible = across <= tiles.spread(last_seen - key, s1)
                 if mask.window is not None:
                     visible &= across > tiles.spread(position - mask.window - key, s1)
-                m, a, p = tiles.softmax_weights(m, s1, c, visible)
-                d1 = jnp.sum(p, axis=-1)
-                if probe is None:  # the other half is not used
-                    return m, a, d1, jnp.zeros_like(d1), None, join(p, p, interpret).astype(dtype)
-                t = jnp.where(visible, t, 0.0)
-                is_first = centre is None
-                if is_first:  # near t_mean where one key, or a part of all keys, dominates t
-                    centre = jnp.sum(p * t, axis=-1) / jnp.where(d1 == 0.0, 1.0, d1)
-                p2 = p * (t - tiles.spread(centre, t))
-                d2 = jnp.zeros_like(d1) if is_first else jnp.sum(p2, axis=-1)
-                return m, a, d1, d2, centre, join(p, p2, interpret).astype(dtype)
+                m, d1, t_mean = stats
+                if probe is None:
+                    m, a, p = tiles.softmax_weights(m, s1, c, visible)
+                    return (m, a * d1 + jnp.sum(p, axis=-1), t_mean), a, t_mean, join(p, p, interpret).astype(dtype)
+                t = jnp.where(visible, t, 0.0)  # whatever lies there
+                stats, a, p, p2 = tiles.weigh_rows(m, d1, t_mean, s1, t, c, visible)
+                return stats, a, t_mean - stats[2], join(p, p2, interpret).astype(dtype)
 
             def add_values(i, p):
                 end_here = end - (first + i * num_parts) * block
@@ -181,27 +178,27 @@ def _decode(query, probe, key, value, mask, page_table, *, scale, config: Mosaic
                 common.add_product(o, p, s.v.at[slot(i)], interpret)
 
             def body(i, carry):
-                m, d1, d2, p = carry
+                stats, p = carry
                 start_scores(i)
                 add_values(i - 1, p)
-                m, a, d1_here, d2_here, _, p = weights(i, m, centre, pending=1)
+                stats, a, moved, p = weights(i, stats, pending=1)
                 halves = split(common.read(o), interpret)
+                if probes:
+                    halves = tiles.move_values(*halves, a, moved)
+                else:
+                    halves = [tiles.spread(a, x) * x for x in halves]
                 refill(i - 1, "v")
-                common.assign(o, join(*(x * tiles.spread(a, x) for x in halves), interpret), interpret)
-                return m, a * d1 + d1_here, a * d2 + d2_here, p
+                common.assign(o, join(*halves, interpret), interpret)
+                return stats, p
 
             start_scores(0)
-            m = plgpu.layout_cast(jnp.full((BLOCK // 2,), -jnp.inf, jnp.float32), HALF_ROWS)
-            m, _, d1, d2, centre, p = weights(0, m, None)
+            zero = plgpu.layout_cast(jnp.zeros((BLOCK // 2,), jnp.float32), HALF_ROWS)
+            stats, _, _, p = weights(0, (zero - jnp.inf, zero, zero))
             if not has_one_tile:
-                m, d1, d2, p = lax.fori_loop(1, count, body, (m, d1, d2, p))
+                stats, p = lax.fori_loop(1, count, body, (stats, p))
             add_values(count - 1, p)
-            o1, o2 = split(common.read(o), interpret)
-            if probe is None:
-                return tiles.State(m, d1, None, o1, None)
-            if has_one_tile:
-                return tiles.State(m, d1, centre, o1, o2)
-            return tiles.from_fixed_centre(m, d1, d2, o1, o2, centre)
+            state = tiles.State(*stats, *split(common.read(o), interpret))
+            return state if probes else state._replace(t_mean=None, o2=None)
 
         state = pl.run_scoped(attend, *common.accumulators(width, block))
         if interpret:  # Pallas' interpreter has no memory that a cluster shares: see below
