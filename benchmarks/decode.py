@@ -3,7 +3,7 @@
 Sums of GPU kernel times by CUPTI, all in one process on one GPU. Peers: the published CuTe and Triton kernels of
 Parallax (parallax-kernel), and softmax decode by our own kernel, cuDNN (jax.nn) and FlashAttention-3 (flash-attn3-jax),
 the best of its split counts. A ratio above 1 says that the peer takes longer. `--routes mosaic_gpu triton triton_lang`
-times ours by Mosaic GPU, by Pallas' Triton and in the Triton language, "default" what `parallax_decode` takes by itself.
+times ours by Mosaic GPU, Pallas' Triton and in the Triton language, "default" what `parallax_decode` takes by itself.
 `--sweep` times launches of Pallas' Triton instead.
 """
 
@@ -373,7 +373,9 @@ def main() -> None:
     """Runs the sets named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sets", nargs="*", default=["main"], help=f"of {', '.join(SETS)}")
-    parser.add_argument("--routes", nargs="+", default=["default"], choices=["default", *LAUNCHED_BY], help="which of ours to time")
+    parser.add_argument(
+        "--routes", nargs="+", default=["default"], choices=["default", *LAUNCHED_BY], help="which of ours to time"
+    )
     parser.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS, help="which peers to time")
     parser.add_argument("--sweep", action="store_true", help="time block sizes instead")
     parser.add_argument("--json", help="write the rows here")

@@ -24,6 +24,8 @@ def inputs(case: str, rng: np.random.Generator) -> list[np.ndarray]:
         query *= 4
     elif case == "attention sink":
         query, key[0] = query + 1, 1
+    elif case == "late sink":
+        query, probe, key[700] = query + 1, probe + 0.3, 1  # its t is 38, those of the others about 0
     return [query, probe, key, value]
 
 
@@ -56,7 +58,7 @@ def main() -> None:
     rng = np.random.default_rng(0)
     forms = "plain", "fixed centre", "streaming"
     print(f"{'inputs':<28}" + "".join(f"{form:>14}" for form in forms))
-    for case in ("standard normal", "shared offset of the keys", "dominant keys", "attention sink"):
+    for case in ("standard normal", "shared offset of the keys", "dominant keys", "attention sink", "late sink"):
         operands = [jnp.asarray(x, jnp.bfloat16) for x in inputs(case, rng)]
         expected = parallax_reference(*(x[None, :, None].astype(jnp.float32) for x in operands))[0, :, 0]
         errors = (compare.relative_error(output(operands, x).astype(jnp.bfloat16), expected) for x in forms)

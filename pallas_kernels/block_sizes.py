@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import importlib.resources
 import json
-import math
 
 
 @dataclasses.dataclass(frozen=True)

@@ -191,7 +191,7 @@ def merge(states: Sequence[State]) -> State:
 
 
 def merged_output(states: State) -> jax.Array:
-    """The output of rows, `finish(merge(...))`, from states that are stacked along axis 0; the sums over values are one.
+    """The output of rows from states that are stacked along axis 0: `finish(merge(...))` with one sum over values.
 
     Rows that saw no key give 0.
     """

@@ -50,8 +50,8 @@ def parallax_decode(
       local_window_size: W >= 1, the most recent keys that a query sees, its own included.
       page_table: int32 (B, pages_per_sequence): key s of sequence b is row s % page_size of page
         page_table[b, s // page_size]. Entries past a sequence's length are not used.
-      implementation: "reference", "xla", "triton", "mosaic_gpu", "mosaic_tpu", or None for the fastest that supports the
-        call on this device.
+      implementation: "reference", "xla", "triton", "mosaic_gpu", "mosaic_tpu", or None for the fastest that supports
+        the call on this device.
       block_sizes: the implementation's frozen dataclass of `pallas_kernels.block_sizes`; None for its choice.
 
     Returns:

@@ -59,7 +59,8 @@ def test_merged_states_give_the_output_over_all_keys():
     p /= np.maximum(p.sum(1, keepdims=True), 1e-30)
     expected = (p * (1 - s2 + (p * s2).sum(1, keepdims=True))) @ np.asarray(value, float)
     assert not expected[3].any()
-    one_by_one = lambda states: tiles.finish(tiles.merge([jax.tree.map(lambda x: x[i], states) for i in range(4)]))[0]
+    part = lambda states, i: jax.tree.map(lambda x: x[i], states)
+    one_by_one = lambda states: tiles.finish(tiles.merge([part(states, i) for i in range(len(parts))]))[0]
     for merged in (tiles.merged_output, one_by_one):
         np.testing.assert_allclose(merged(states), expected, atol=5e-4)
         softmax = merged(states._replace(t_mean=None, o2=None))

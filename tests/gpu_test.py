@@ -1,7 +1,6 @@
 """Every kernel on a GPU: `pytest -m gpu`. Conformance, and sizes that only a large GPU holds."""
 
 import dataclasses
-import functools
 import subprocess
 import sys
 
@@ -21,8 +20,8 @@ from parallax_jax import compare, parallax_attention, parallax_decode, parallax_
 from parallax_jax.attention import BACKENDS
 from parallax_jax.model import TransformerLM
 from parallax_jax.workloads import BY_NAME, CONFORMANCE, Workload
-from tests.conformance import Conformance
 from tests import decode_conformance
+from tests.conformance import Conformance
 from tests.decode_conformance import HOPPER_CASES, DecodeConformance
 
 pytestmark = pytest.mark.gpu

@@ -120,7 +120,7 @@ def test_what_it_does_not_take(call, sizes, message):
 
 @pytest.mark.parametrize("sizes", [(48, 1, 1, 1), (64, 9, 1, 1), (64, 1, 3, 1), (64, 1, 1, 0)])
 def test_sizes_must_be_such_as_the_kernel_has(sizes):
-    with pytest.raises(ValueError, match="got .*, allowed are"):
+    with pytest.raises(ValueError, match=r"got .*, allowed are"):
         Sizes(*sizes)
 
 

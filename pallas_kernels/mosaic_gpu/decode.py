@@ -18,9 +18,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import blocks, device, tiles
 from pallas_kernels.block_sizes import MosaicGpuDecodeBlockSizes
-from pallas_kernels.mosaic_gpu import common
+from pallas_kernels.mosaic_gpu import common, registers
 from pallas_kernels.mosaic_gpu.common import BLOCK
-from pallas_kernels.mosaic_gpu.registers import HALF, HALF_ROWS, ROWS, exchange, expect, gather, hide, join, line_width, split
+from pallas_kernels.mosaic_gpu.registers import HALF, HALF_ROWS, ROWS
 
 WIDTHS = 64, 128  # of heads
 
@@ -125,9 +125,9 @@ def _decode(query, probe, key, value, mask, page_table, *, scale, config: Mosaic
             copy(0, part)
         if num_splits > 1 and not interpret:
             rows_here = lax.div(rows - 1 - own + num_splits, num_splits)
-            expect(s.inbox, rows_here * num_parts * 4 * (4 + (1 + len(probes)) * width))
+            registers.expect(s.inbox, rows_here * num_parts * 4 * (4 + (1 + len(probes)) * width))
         own_rows = pl.ds(0, num_queries), pl.ds(kv * group_heads, group_heads)
-        both = gather(*(x.at[b, *own_rows] for x in (q_ref, *(r_ref or [q_ref]))), rows, interpret)
+        both = registers.gather(*(x.at[b, *own_rows] for x in (q_ref, *(r_ref or [q_ref]))), rows, interpret)
         length = jnp.minimum(given["lengths"][b], num_keys)
         offset = given["offset"][b] if "offset" in given else length - num_queries
         end = blocks.visible_end(offset, num_queries, length, True)
@@ -156,7 +156,7 @@ def _decode(query, probe, key, value, mask, page_table, *, scale, config: Mosaic
 
             def weights(i, stats, pending=0):
                 """Statistics of the rows moved by tile i, the factor and the shift for their sums, and its weights."""
-                s1, t = split(common.read(s12, pending=pending), interpret)
+                s1, t = registers.split(common.read(s12, pending=pending), interpret)
                 refill(i, "k")
                 key = (first + i * num_parts) * block
                 across = plgpu.broadcasted_iota(jnp.int32, s1.shape, 1, layout=HALF)
@@ -166,15 +166,20 @@ def _decode(query, probe, key, value, mask, page_table, *, scale, config: Mosaic
                 m, d1, t_mean = stats
                 if probe is None:
                     m, a, p = tiles.softmax_weights(m, s1, c, visible)
-                    return (m, a * d1 + jnp.sum(p, axis=-1), t_mean), a, t_mean, join(p, p, interpret).astype(dtype)
+                    return (
+                        (m, a * d1 + jnp.sum(p, axis=-1), t_mean),
+                        a,
+                        t_mean,
+                        registers.join(p, p, interpret).astype(dtype),
+                    )
                 t = jnp.where(visible, t, 0.0)  # whatever lies there
                 stats, a, p, p2 = tiles.weigh_rows(m, d1, t_mean, s1, t, c, visible)
-                return stats, a, t_mean - stats[2], join(p, p2, interpret).astype(dtype)
+                return stats, a, t_mean - stats[2], registers.join(p, p2, interpret).astype(dtype)
 
             def add_values(i, p):
                 end_here = end - (first + i * num_parts) * block
                 plgpu.barrier_wait(s.v_ready.at[slot(i)])
-                pl.when(end_here < block)(lambda: hide(s.v.at[slot(i)], end_here, interpret))
+                pl.when(end_here < block)(lambda: registers.hide(s.v.at[slot(i)], end_here, interpret))
                 common.add_product(o, p, s.v.at[slot(i)], interpret)
 
             def body(i, carry):
@@ -182,13 +187,13 @@ def _decode(query, probe, key, value, mask, page_table, *, scale, config: Mosaic
                 start_scores(i)
                 add_values(i - 1, p)
                 stats, a, moved, p = weights(i, stats, pending=1)
-                halves = split(common.read(o), interpret)
+                halves = registers.split(common.read(o), interpret)
                 if probes:
                     halves = tiles.move_values(*halves, a, moved)
                 else:
                     halves = [tiles.spread(a, x) * x for x in halves]
                 refill(i - 1, "v")
-                common.assign(o, join(*halves, interpret), interpret)
+                common.assign(o, registers.join(*halves, interpret), interpret)
                 return stats, p
 
             start_scores(0)
@@ -197,7 +202,7 @@ def _decode(query, probe, key, value, mask, page_table, *, scale, config: Mosaic
             if not has_one_tile:
                 stats, p = lax.fori_loop(1, count, body, (stats, p))
             add_values(count - 1, p)
-            state = tiles.State(*stats, *split(common.read(o), interpret))
+            state = tiles.State(*stats, *registers.split(common.read(o), interpret))
             return state if probes else state._replace(t_mean=None, o2=None)
 
         state = pl.run_scoped(attend, *common.accumulators(width, block))
@@ -205,7 +210,7 @@ def _decode(query, probe, key, value, mask, page_table, *, scale, config: Mosaic
             for ref, x in zip(out_refs, jax.tree.leaves(state), strict=True):
                 ref[part, program] = x[:rows]
             return
-        exchange(state, part, scratch.get("inbox"), s.stats, s.sums, rows=rows, num_splits=num_splits)
+        registers.exchange(state, part, scratch.get("inbox"), s.stats, s.sums, rows=rows, num_splits=num_splits)
 
         def merge(slot, row):
             def load(i):
@@ -232,7 +237,7 @@ def _decode(query, probe, key, value, mask, page_table, *, scale, config: Mosaic
             dtype,
             transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns)),
         )
-        for columns in (BLOCK, line_width(block))
+        for columns in (BLOCK, registers.line_width(block))
     )
     scratch = dict(k=k_tiles, v=v_tiles, k_ready=ready, v_ready=ready)
     launch = dict(grid=(programs,))

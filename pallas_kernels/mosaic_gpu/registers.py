@@ -187,7 +187,9 @@ def expect(inbox_ref, num_bytes: jax.Array) -> None:
     ready(inbox_ref, num_bytes)
 
 
-def exchange(state: tiles.State, part: jax.Array, inbox_ref, stats_ref, sums_ref, *, rows: int, num_splits: int) -> None:
+def exchange(
+    state: tiles.State, part: jax.Array, inbox_ref, stats_ref, sums_ref, *, rows: int, num_splits: int
+) -> None:
     """Sends every row's state to the program of the cluster that merges it, and waits for what comes from the others.
 
     Row i goes to program i % num_splits, into slot i // num_splits. Every store to another program tells the receiver's
@@ -235,7 +237,9 @@ def exchange(state: tiles.State, part: jax.Array, inbox_ref, stats_ref, sums_ref
             return mgpu.utils.inline_ptx("mapa.shared::cluster.u32 $0, $1, $2;", local, target, result_types=kind)
 
         inboxes_there = [at_target(x, _i32(0)) for x in inboxes]
-        kind, last = ("async.shared::cluster.mbarrier::complete_tx::bytes", ", [$@]") if inboxes else ("shared::cta", "")
+        kind, last = (
+            ("async.shared::cluster.mbarrier::complete_tx::bytes", ", [$@]") if inboxes else ("shared::cta", "")
+        )
 
         def store(to, offset: int, values):
             size = len(values)
