@@ -72,10 +72,10 @@ def decode(query, probe, key, value, mask: blocks.Mask, page_table, *, scale, bl
 
 
 def _columns(width: int) -> plgpu.Layout:
-    """Layout of a row of values: one or two threads to a column."""
-    lanes = (-2,) if width == 128 else (fragmented_array.Replicated(128 // width), -2)
-    tiling = fragmented_array.Tiling(((width,), (width // 4,), (1,)))
-    return plgpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=lanes, vector_dim=-1)
+    """Layout of a row of values: pairs of columns, each in several threads."""
+    tiling = fragmented_array.Tiling(((width,), (width // 4,), (2,)))
+    copies = fragmented_array.Replicated(32 // (width // 8))
+    return plgpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=(copies, -2), vector_dim=-1)
 
 
 def _decode(query, probe, key, value, mask, page_table, *, scale, config: MosaicGpuDecodeBlockSizes, interpret):
