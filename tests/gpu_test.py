@@ -99,6 +99,16 @@ def test_mosaic_gpu_decode_at_its_own_launch(num_keys, programs, width):
     assert compare.relative_error(decode("mosaic_gpu"), decode("xla")) <= 7e-3
 
 
+@pytest.mark.parametrize("num_keys", [512, 2048])
+def test_mosaic_gpu_decode_mapped(num_keys):
+    """`jax.vmap` gives the bits of its parts, in clusters as well."""
+    operands = [bfloat16(i, 3, 2, n, 4, 64) for i, n in enumerate((1, 1, num_keys, num_keys))]
+    lengths = jnp.asarray([[num_keys, 7], [300, 0], [1, 500]], jnp.int32)
+    decode = jax.jit(functools.partial(parallax_decode, implementation="mosaic_gpu"))
+    mapped = jax.vmap(decode)(*operands, lengths)
+    assert all(jnp.array_equal(mapped[i], decode(*(x[i] for x in operands), lengths[i])) for i in range(3))
+
+
 def test_mosaic_gpu_decode_in_a_loop():
     """Steps that depend on one another, one after the other on the device, give the bits that they give alone."""
     query, *rest = (bfloat16(i, 4, n, 8, 128) for i, n in enumerate((1, 1, 1024, 1024)))
