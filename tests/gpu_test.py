@@ -1,6 +1,7 @@
 """Every kernel on a GPU: `pytest -m gpu`. Conformance, and sizes that only a large GPU holds."""
 
 import dataclasses
+import functools
 import subprocess
 import sys
 
