@@ -1,7 +1,8 @@
-"""Rounding of the forward pass in its three forms: `python -m experiments.numerics`.
+"""Rounding of the forward pass in its forms: `python -m experiments.numerics`.
 
 All accumulate sum p (t - centre) v and take sum p (t - centre) times v_mean off it at the end: plain sums have a centre
 of 0, a fixed centre is the mean of t over the first tile, and the streaming form (`tiles.update`) has the running mean.
+"Rounded sums" has a fixed centre, and adds up the weights as the products with the values take them, in bfloat16.
 Prints the relative Frobenius error of the output in bfloat16, the inputs taken as exact, for inputs on which the
 subtracted terms grow.
 """
@@ -44,9 +45,10 @@ def output(operands, form: str) -> jnp.ndarray:
             continue
         m, a, p = tiles.softmax_weights(state.m, s1, c, visible)
         if centre is None:
-            centre = (form == "fixed centre") * jnp.sum(p * s2, axis=-1) / jnp.sum(p, axis=-1)
+            centre = (form != "plain") * jnp.sum(p * s2, axis=-1) / jnp.sum(p, axis=-1)
         p2 = p * (s2 - centre[:, None])
-        d1, d2 = (a * d + jnp.sum(x, axis=-1) for d, x in ((state.d1, p), (state.t_mean, p2)))
+        added = [x.astype(v.dtype).astype(x.dtype) if form == "rounded sums" else x for x in (p, p2)]
+        d1, d2 = (a * d + jnp.sum(x, axis=-1) for d, x in zip((state.d1, state.t_mean), added, strict=True))
         o1, o2 = (a[:, None] * o + times_value(x) for o, x in ((state.o1, p), (state.o2, p2)))
         state = tiles.State(m, d1, d2, o1, o2)  # d2 in t_mean's place until the end
     if form != "streaming":
@@ -56,7 +58,7 @@ def output(operands, form: str) -> jnp.ndarray:
 
 def main() -> None:
     rng = np.random.default_rng(0)
-    forms = "plain", "fixed centre", "streaming"
+    forms = "plain", "fixed centre", "rounded sums", "streaming"
     print(f"{'inputs':<28}" + "".join(f"{form:>14}" for form in forms))
     for case in ("standard normal", "shared offset of the keys", "dominant keys", "attention sink", "late sink"):
         operands = [jnp.asarray(x, jnp.bfloat16) for x in inputs(case, rng)]
