@@ -5,6 +5,8 @@ import functools
 import importlib.resources
 import json
 
+from pallas_kernels.device import HOPPER_CORES
+
 
 @dataclasses.dataclass(frozen=True)
 class XlaBlockSizes:
@@ -149,9 +151,14 @@ DECODE_LONG = 4096  # keys from which on programs that read whole sequences begi
 DECODE_TURN = 37  # tiles by which the start of a program lies behind that of the one before
 
 
+def decode_capacity(key, page_table) -> int:
+    """Keys that a sequence has room for."""
+    return key.shape[1] * (1 if page_table is None else page_table.shape[1])
+
+
 def _decode_size(query, key, value, mask, page_table) -> tuple[int, int, int]:
     """(kv heads of all sequences, the most keys that one has in sight, columns of a tile)."""
-    num_keys = key.shape[1] * (1 if page_table is None else page_table.shape[1])
+    num_keys = decode_capacity(key, page_table)
     if mask.window is not None:
         num_keys = min(num_keys, mask.window + query.shape[1] - 1)
     return query.shape[0] * key.shape[2], num_keys, _decode_width(key, value)
@@ -268,14 +275,14 @@ class MosaicGpuDecodeBlockSizes:
         """
         programs, num_keys, width = _decode_size(query, key, value, mask, page_table)
         block_k = 8192 // width
-        splits = max(min(8, _HOPPER_CORES * 3 // 4 // programs), 2 if 2 * programs <= _HOPPER_CORES else 1)
-        at_once = max(splits, min(4, _HOPPER_CORES // programs))  # where each has one tile
+        splits = max(min(8, HOPPER_CORES * 3 // 4 // programs), 2 if 2 * programs <= HOPPER_CORES else 1)
+        at_once = max(splits, min(4, HOPPER_CORES // programs))  # where each has one tile
         while block_k > 32 and num_keys * 2 <= at_once * block_k:
             block_k //= 2
         num_tiles = -(-num_keys // block_k)
         most = -(-num_tiles // (at_once if num_tiles <= at_once else splits))  # tiles of a program
         splits = -(-num_tiles // most)
-        has_core = programs * splits <= _HOPPER_CORES
+        has_core = programs * splits <= HOPPER_CORES
         can_pair = most not in (1, 3) and 2 * splits <= num_tiles
         groups = 2 if has_core and can_pair and most * block_k >= 256 else 1
         tiles = -(-most // groups)
@@ -291,18 +298,17 @@ class MosaicGpuDecodeBlockSizes:
         is_wide, has_group = width == 128, query.shape[1] * query.shape[2] > key.shape[2]
         if programs < 8:
             is_faster = keys <= 128
-        elif programs <= _HOPPER_CORES * 3 // 8:  # clusters of more than two leave cores idle, which memory forgives
+        elif programs <= HOPPER_CORES * 3 // 8:  # clusters of more than two leave cores idle, which memory forgives
             is_faster = keys <= (352 if is_wide or programs >= 32 else 256)
             is_faster |= programs >= 16 and 64 <= mib < (128 if is_wide else 256)
-        elif programs <= _HOPPER_CORES:
+        elif programs <= HOPPER_CORES:
             is_faster = is_wide or splits > 1 or num_keys > 128
         else:
-            is_faster = num_keys < (4096 if has_group else 8192) and (is_wide or programs <= 2 * _HOPPER_CORES)
+            is_faster = num_keys < (4096 if has_group else 8192) and (is_wide or programs <= 2 * HOPPER_CORES)
             is_faster &= is_wide or num_keys > 128
         return None if is_faster else f"slower with {programs} heads x sequences of {num_keys} keys"
 
 
-_HOPPER_CORES = 132  # of an H100 SXM or H200
 KIB = 1024
 # Shared memory that one program may take, by a part of the device's name.
 SHARED_MEMORY = {"H100": 227 * KIB, "H200": 227 * KIB, "GH200": 227 * KIB, "B200": 227 * KIB, "A100": 163 * KIB}

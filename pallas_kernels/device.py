@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax
 
 HOPPER = "H100", "H200", "H800", "H20"  # in the names of devices; that of a GH200 holds one of them, too
+HOPPER_CORES = 132  # of an H100 SXM or H200
 BLACKWELL = "B200", "B300"
 
 

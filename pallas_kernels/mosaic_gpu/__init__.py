@@ -5,12 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import device
 from pallas_kernels.block_sizes import MosaicGpuBlockSizes
 from pallas_kernels.mosaic_gpu import backward as _backward
+from pallas_kernels.mosaic_gpu import common
 from pallas_kernels.mosaic_gpu import forward as _forward
-
-WIDTHS = 64, 128  # of heads and values; others are padded with zeros
 
 
 def unsupported(query, probe, key, value, mask, *, scale, block_sizes) -> str | None:
@@ -18,14 +16,11 @@ def unsupported(query, probe, key, value, mask, *, scale, block_sizes) -> str | 
     if query.dtype not in (jnp.bfloat16, jnp.float16):
         return f"query: needs bfloat16 or float16, got {query.dtype}"
     for name, x in (("query", query), ("value", value)):
-        if x.shape[-1] > WIDTHS[-1]:
-            return f"{name}: head width is at most {WIDTHS[-1]}, got {x.shape[-1]}"
+        if x.shape[-1] > common.WIDTHS[-1]:
+            return f"{name}: head width is at most {common.WIDTHS[-1]}, got {x.shape[-1]}"
     if block_sizes is not None and not isinstance(block_sizes, MosaicGpuBlockSizes):
         return f"block_sizes: needs MosaicGpuBlockSizes, got {type(block_sizes).__name__}"
-    platform, kind = device.target()
-    if platform != "cpu" and not any(name in kind for name in device.HOPPER):
-        return f"implementation: needs a Hopper GPU (wgmma), got {kind}"
-    return None
+    return common.unsupported_device()
 
 
 def _pad(width: int, *arrays) -> list[jax.Array]:
@@ -33,13 +28,7 @@ def _pad(width: int, *arrays) -> list[jax.Array]:
 
 
 def _width(query, value) -> int:
-    return next(w for w in WIDTHS if max(query.shape[-1], value.shape[-1]) <= w)
-
-
-def _interpret() -> bool:
-    """On a CPU the kernels run in Pallas' interpreter. Decided by the device traced for: its callbacks are ordered, and
-    JAX cannot choose between branches with and without ordered effects when it lowers."""
-    return device.target()[0] == "cpu"
+    return next(w for w in common.WIDTHS if max(query.shape[-1], value.shape[-1]) <= w)
 
 
 def forward(query, probe, key, value, mask, *, scale, block_sizes):
@@ -47,7 +36,7 @@ def forward(query, probe, key, value, mask, *, scale, block_sizes):
     stages = (block_sizes or MosaicGpuBlockSizes()).forward_stages
     kernel = functools.partial(_forward.forward, scale=scale, stages=stages)
     operands = _pad(_width(query, value), query, probe, key, value)
-    out, v_mean, lse, t_mean = kernel(*operands, mask, interpret=_interpret())
+    out, v_mean, lse, t_mean = kernel(*operands, mask, interpret=common.is_interpreted())
     return out[..., : value.shape[-1]], v_mean[..., : value.shape[-1]], lse, t_mean
 
 
@@ -58,5 +47,5 @@ def backward(query, probe, key, value, mask, out, v_mean, lse, t_mean, dout, *, 
     width = _width(query, value)
     operands = _pad(width, query, probe, key, value)
     results = *_pad(width, out, v_mean), lse, t_mean, *_pad(width, dout)
-    gradients = kernel(*operands, mask, *results, interpret=_interpret())
+    gradients = kernel(*operands, mask, *results, interpret=common.is_interpreted())
     return tuple(g[..., : x.shape[-1]] for g, x in zip(gradients, (query, probe, key, value), strict=True))

@@ -15,12 +15,27 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import blocks, tiles
+from pallas_kernels import blocks, device, tiles
 
 BLOCK = 64  # rows and keys of a tile: 128 keys do not fit the registers of a warpgroup
 GROUPS = 2  # computing warpgroups
-MULTIPROCESSORS = 132  # of an H100 SXM or H200
+MULTIPROCESSORS = device.HOPPER_CORES
+WIDTHS = 64, 128  # of heads and values
 COMPUTE_REGISTERS, COPY_REGISTERS = 240, 24  # of a thread; the most that three warpgroups can share
+
+
+def unsupported_device() -> str | None:
+    """Why the kernels cannot run on the device traced for, or None; on a CPU they are interpreted."""
+    platform, kind = device.target()
+    if platform == "cpu" or any(name in kind for name in device.HOPPER):
+        return None
+    return f"implementation: needs a Hopper GPU (wgmma), got {kind}"
+
+
+def is_interpreted() -> bool:
+    """On a CPU the kernels run in Pallas' interpreter. Decided by the device traced for: its callbacks are ordered, and
+    JAX cannot choose between branches with and without ordered effects when it lowers."""
+    return device.target()[0] == "cpu"
 
 
 def launch(name: str, num_items: int, interpret: bool) -> dict:
@@ -67,10 +82,14 @@ class Order:
         return first + lax.rem(item, count), lax.div(item, count), other_way
 
 
-def swizzled(rows: int, columns: int, tiles: int, *, dtype) -> plgpu.SMEM:
+def swizzle(line: int) -> tuple:
+    """How tiles lie in shared memory for matrix instructions, `line` columns of 16 bits in a row."""
+    return plgpu.TilingTransform((8, line)), plgpu.SwizzleTransform(2 * line)
+
+
+def swizzled(rows: int, columns: int, tiles: int, *, dtype, line: int = 64) -> plgpu.SMEM:
     """Tiles in shared memory, laid out for matrix instructions."""
-    shape = tiles, rows, columns
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+    return plgpu.SMEM((tiles, rows, columns), dtype, transforms=swizzle(line))
 
 
 def ring(stages: int, copies: int = 1) -> dict:

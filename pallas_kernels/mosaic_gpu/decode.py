@@ -16,13 +16,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import blocks, device, tiles
-from pallas_kernels.block_sizes import MosaicGpuDecodeBlockSizes
+from pallas_kernels import blocks, tiles
+from pallas_kernels.block_sizes import MosaicGpuDecodeBlockSizes, decode_capacity
 from pallas_kernels.mosaic_gpu import common, registers
 from pallas_kernels.mosaic_gpu.common import BLOCK
 from pallas_kernels.mosaic_gpu.registers import HALF, HALF_ROWS, ROWS
-
-WIDTHS = 64, 128  # of heads
 
 
 def unsupported(query, probe, key, value, mask, page_table, *, scale, block_sizes) -> str | None:
@@ -32,8 +30,8 @@ def unsupported(query, probe, key, value, mask, page_table, *, scale, block_size
     rows = query.shape[1] * query.shape[2] // key.shape[2]
     if rows > ROWS:
         return f"query: needs at most {ROWS} rows for each kv head, got {rows}"
-    if key.shape[3] not in WIDTHS or value.shape[3] != key.shape[3]:
-        return f"key_cache: needs keys and values both {WIDTHS} wide, got {key.shape[3]} and {value.shape[3]}"
+    if key.shape[3] not in common.WIDTHS or value.shape[3] != key.shape[3]:
+        return f"key_cache: needs keys and values both {common.WIDTHS} wide, got {key.shape[3]} and {value.shape[3]}"
     if key.shape[1] % 8:  # the rows of a swizzled tile
         return f"key_cache: needs room for a multiple of 8 keys, got {key.shape[1]}"
     if block_sizes is not None and not isinstance(block_sizes, MosaicGpuDecodeBlockSizes):
@@ -41,34 +39,15 @@ def unsupported(query, probe, key, value, mask, page_table, *, scale, block_size
     config = block_sizes or MosaicGpuDecodeBlockSizes.heuristic(query, key, value, mask, page_table)
     if page_table is not None and key.shape[1] % config.block_k:
         return f"page_table: needs pages of a multiple of {config.block_k} keys, got {key.shape[1]}"
-    tiles_there = pl.cdiv(_capacity(key, page_table), config.block_k)
+    tiles_there = pl.cdiv(decode_capacity(key, page_table), config.block_k)
     if config.num_parts > tiles_there:
         return f"block_sizes: {config.num_parts} warpgroups share the cache's {tiles_there} tiles"
-    platform, kind = device.target()
-    if platform != "cpu" and not any(name in kind for name in device.HOPPER):
-        return f"implementation: needs a Hopper GPU (wgmma), got {kind}"
-    return None
+    return common.unsupported_device()
 
 
 def outrun(query, probe, key, value, mask, page_table) -> str | None:
     """Why another backend is faster at a call that this one supports, or None."""
     return MosaicGpuDecodeBlockSizes.outrun(query, key, value, mask, page_table)
-
-
-def _capacity(key, page_table) -> int:
-    """Keys that a sequence has room for."""
-    return key.shape[1] * (1 if page_table is None else page_table.shape[1])
-
-
-def decode(query, probe, key, value, mask: blocks.Mask, page_table, *, scale, block_sizes):
-    """Returns the output (B, T, N, Hv); `mask.lengths` is (B,), `mask.offset` (B,) or None for lengths - T.
-
-    A probe that is None asks for softmax attention.
-    """
-    config = block_sizes or MosaicGpuDecodeBlockSizes.heuristic(query, key, value, mask, page_table)
-    # As in `mosaic_gpu.forward` the device traced for decides.
-    interpret = device.target()[0] == "cpu"
-    return _decode(query, probe, key, value, mask, page_table, scale=scale, config=config, interpret=interpret)
 
 
 def _columns(width: int) -> plgpu.Layout:
@@ -78,14 +57,20 @@ def _columns(width: int) -> plgpu.Layout:
     return plgpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=(copies, -2), vector_dim=-1)
 
 
-def _decode(query, probe, key, value, mask, page_table, *, scale, config: MosaicGpuDecodeBlockSizes, interpret):
+def decode(query, probe, key, value, mask: blocks.Mask, page_table, *, scale, block_sizes):
+    """Returns the output (B, T, N, Hv); `mask.lengths` is (B,), `mask.offset` (B,) or None for lengths - T.
+
+    A probe that is None asks for softmax attention.
+    """
+    config = block_sizes or MosaicGpuDecodeBlockSizes.heuristic(query, key, value, mask, page_table)
+    interpret = common.is_interpreted()
     batch, num_queries, heads, width = query.shape
     num_pages, page_size, kv_heads, _ = key.shape
     group_heads = heads // kv_heads
     rows = num_queries * group_heads
     dtype, c = query.dtype, scale * tiles.LOG2_E
     block, num_splits, groups, stages = config.block_k, config.num_splits, config.num_groups, config.num_stages
-    num_parts, num_keys = config.num_parts, _capacity(key, page_table)
+    num_parts, num_keys = config.num_parts, decode_capacity(key, page_table)
     has_one_tile = num_keys <= num_parts * block  # every warpgroup
     slots = pl.cdiv(rows, num_splits)
     integers = {"lengths": mask.lengths, "offset": mask.offset, "pages": page_table}
@@ -232,12 +217,8 @@ def _decode(query, probe, key, value, mask, page_table, *, scale, config: Mosaic
     states = tiles.State(stat, stat, stat, sums, sums) if probes else tiles.State(stat, stat, None, sums, None)
     ready = plgpu.Barrier(num_barriers=groups * stages)
     k_tiles, v_tiles = (
-        plgpu.SMEM(
-            (groups * stages, block, width),
-            dtype,
-            transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns)),
-        )
-        for columns in (BLOCK, registers.line_width(block))
+        common.swizzled(block, width, groups * stages, dtype=dtype, line=line)
+        for line in (BLOCK, registers.line_width(block))
     )
     scratch = dict(k=k_tiles, v=v_tiles, k_ready=ready, v_ready=ready)
     launch = dict(grid=(programs,))

@@ -20,6 +20,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
 from pallas_kernels import tiles
+from pallas_kernels.mosaic_gpu import common
 from pallas_kernels.mosaic_gpu.common import BLOCK
 
 ROWS = 8  # of queries, and of probes
@@ -141,10 +142,9 @@ def hide(values, limit: jax.Array, interpret: bool) -> None:
         values[...] = jnp.where(row < limit, values[...], jnp.zeros((), values.dtype))
         return
     columns = line_width(num_rows)
-    transforms = plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns)
     threads, lines = columns // 8, width // columns  # of 16 bytes for a line, of a row
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(transforms), plgpu.Layout.WG_SPLAT(())))
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(common.swizzle(columns)), plgpu.Layout.WG_SPLAT(())))
     def zero(_, ref, limit):
         thread = arith.remui(mgpu.utils.thread_idx(), _i32(128))
         of_line, first = arith.remui(thread, _i32(threads)), arith.divui(thread, _i32(threads))
@@ -231,10 +231,10 @@ def exchange(
 
         def at_target(ref, offset: ir.Value) -> ir.Value:
             """Address of a byte of `ref` in the target's shared memory."""
-            local, kind = arith.addi(_shared_address(ref), offset), ir.IntegerType.get_signless(32)
+            local = arith.addi(_shared_address(ref), offset)
             if not inboxes:
                 return local
-            return mgpu.utils.inline_ptx("mapa.shared::cluster.u32 $0, $1, $2;", local, target, result_types=kind)
+            return mgpu.utils.inline_ptx("mapa.shared::cluster.u32 $0, $1, $2;", local, target, result_types=local.type)
 
         inboxes_there = [at_target(x, _i32(0)) for x in inboxes]
         kind, last = (
