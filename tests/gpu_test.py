@@ -97,7 +97,7 @@ def test_mosaic_gpu_decode(case, block_k, splits, groups):
 @pytest.mark.parametrize("programs", [1, 5, 12, 24, 40, 64, 100, 132, 300])
 @pytest.mark.parametrize("num_keys", [40, 136, 640, 2056, 4096])
 def test_mosaic_gpu_decode_at_its_own_launch(num_keys, programs, width):
-    """Ragged lengths, against "xla"."""
+    """Ragged lengths, against "xla": both round weights and output, 3e-3 to 5e-3 apart."""
     operands = [bfloat16(i, programs, n, 1, width) for i, n in enumerate((1, 1, num_keys, num_keys))]
     lengths = jax.random.randint(jax.random.key(9), (programs,), 1, num_keys + 1)
     decode = lambda implementation: parallax_decode(*operands, lengths, implementation=implementation)
