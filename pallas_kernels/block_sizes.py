@@ -300,7 +300,7 @@ class MosaicGpuDecodeBlockSizes:
             is_faster = keys <= 128
         elif programs <= HOPPER_CORES * 3 // 8:  # clusters of more than two leave cores idle, which memory forgives
             is_faster = keys <= (352 if is_wide or programs >= 32 else 256)
-            is_faster |= programs >= 16 and 64 <= mib < (128 if is_wide else 256)
+            is_faster |= programs >= 16 and 64 <= mib < 128
         elif programs <= HOPPER_CORES:
             is_faster = is_wide or splits > 1 or num_keys > 128
         else:
