@@ -1,0 +1,444 @@
+"""A block of the model for one new token of one sequence, in one kernel for Hopper.
+
+Time is the reading of weights, keys and values. A warpgroup of each program does nothing but copy the tiles of all five
+stages into a ring of slots, as far ahead as there is room, whatever the other one waits for. That other one computes
+stage after stage; between them the programs meet at a barrier in global memory, so all of them must run at once.
+
+A product is cut into tiles of 128 rows and 64 columns. Programs take several columns of a share of the rows; whoever
+needs the product adds up the shares.
+"""
+
+import functools
+import types
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import fragmented_array
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import tiles
+from pallas_kernels.mosaic_gpu import common, decode, registers
+from pallas_kernels.mosaic_gpu.decode import columns_layout as _columns
+
+PROGRAMS = 128  # a power of two; each has a core
+TILE = 128, 64  # rows and columns of weights
+STAGES = 12
+
+
+class Product(NamedTuple):
+    """How a product of a row with matrices side by side is shared out among programs.
+
+    Attributes:
+      depth: rows of the matrices.
+      widths: columns of each.
+      shares: of the rows; program p has share p % shares.
+      programs: in all.
+    """
+
+    depth: int
+    widths: tuple[int, ...]
+    shares: int
+    programs: int
+
+    @classmethod
+    def of(cls, weights: Sequence[jax.Array], programs: int, shares: int | None = None) -> "Product":
+        """The one with the fewest tiles for a program."""
+        depth, widths = weights[0].shape[0], tuple(w.shape[1] for w in weights)
+        allowed = [n for n in (1 << i for i in range(programs.bit_length())) if depth % (n * TILE[0]) == 0]
+        plans = [cls(depth, widths, n, programs) for n in ([shares] if shares else allowed)]
+        return min(plans, key=lambda plan: (plan.num_tiles, plan.shares))
+
+    @property
+    def share(self) -> int:
+        """Rows of a share."""
+        return self.depth // self.shares
+
+    @property
+    def firsts(self) -> list[int]:
+        """First block of 64 columns of each matrix, and the number of blocks."""
+        return [sum(self.widths[:i]) // TILE[1] for i in range(len(self.widths) + 1)]
+
+    @property
+    def rounds(self) -> int:
+        """Blocks of columns of a program."""
+        return pl.cdiv(self.firsts[-1] * self.shares, self.programs)
+
+    @property
+    def num_tiles(self) -> int:
+        """Of a program."""
+        return self.rounds * (self.share // TILE[0])
+
+    def place(self, program, index):
+        """(row, block of columns) of a program's tile; no such block where it is not below `firsts[-1]`."""
+        depth = self.share // TILE[0]
+        row = lax.rem(program, self.shares) * self.share + lax.rem(index, depth) * TILE[0]
+        return row, self.block(program, lax.div(index, depth))
+
+    def block(self, program, index):
+        """Block of columns of a program's round."""
+        return lax.div(program, self.shares) + index * (self.programs // self.shares)
+
+
+class Norms(NamedTuple):
+    """Gains of a block's RMS norms: (D,) of the stream, (H,) of query, probe and key or None."""
+
+    attention: jax.Array
+    mlp: jax.Array
+    query: jax.Array | None
+    probe: jax.Array | None
+    key: jax.Array | None
+
+
+def _strided(size: int) -> plgpu.Layout:
+    """Layout of a vector over all threads."""
+    return plgpu.Layout.WG_STRIDED((size,), vec_size=next(n for n in (4, 2, 1) if size % (128 * n) == 0))
+
+
+def _half_row(size: int) -> plgpu.Layout:
+    """Layout of half a head, the same in all warps."""
+    tiling = fragmented_array.Tiling(((size,), (size // 32,)))
+    return plgpu.Layout.TILED(tiling, warp_dims=(fragmented_array.Replicated(4),), lane_dims=(-2,), vector_dim=-1)
+
+
+def unsupported(x, weights, key, rotations_width: int, programs: int = PROGRAMS) -> str | None:
+    """Why `layer` cannot run a block, or None; the arguments are those of `layer`."""
+    batch, capacity, kv_heads, head_dim = key.shape
+    group = weights["out"][0].shape[0] // head_dim // kv_heads
+    if x.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"x: needs bfloat16 or float16, got {x.dtype}"
+    if len(x) != 1 or batch != 1:
+        return f"x: needs one sequence, got {len(x)}"
+    if head_dim not in common.WIDTHS or group > registers.ROWS or programs % kv_heads:
+        return f"key: needs heads {common.WIDTHS} wide, got {head_dim}, at most {registers.ROWS} queries for each"
+    if capacity % 8:
+        return f"key: needs room for a multiple of 8 keys, got {capacity}"
+    matrices = [w for several in weights.values() for w in several]
+    if any(w.dtype != x.dtype or w.shape[0] % TILE[0] or w.shape[1] % TILE[1] for w in matrices):
+        return f"weights: need {x.dtype} and multiples of {TILE} rows and columns"
+    if group * head_dim % TILE[0]:
+        return f"weights: need {TILE[0]} rows of the output projection for a kv head, got {group * head_dim}"
+    return common.unsupported_device()
+
+
+def layer(
+    x: jax.Array,
+    parts: jax.Array | None,
+    weights: dict[str, Sequence[jax.Array]],
+    norms: Norms,
+    key: jax.Array,
+    value: jax.Array,
+    counters: jax.Array,
+    lengths: jax.Array,
+    rotations: dict[str, jax.Array | None],
+    following: Sequence[jax.Array] = (),
+    *,
+    epsilon: float,
+    head_epsilon: float,
+    programs: int = PROGRAMS,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Runs a block on one new token of one sequence.
+
+    Args:
+      x: (1, D) the residual stream.
+      parts: (S, D) float32, whose sum is to be added to it; None where nothing is.
+      weights: "in": (D, N H) of query and, where there is one, probe, then (D, K H) of key and value; "out": (N H, D);
+        "gate": (D, F) of gate and up projection; "down": (F, D).
+      norms: gains.
+      key: (1, S, K, H) cached keys.
+      value: (1, S, K, H) cached values.
+      counters: int32 (1 + K, 32), each number in column 0 a multiple of `programs`, such as 0.
+      lengths: int32 (2,), of the sequence without and with the new token; where they are the same there is none.
+      rotations: for "query", "probe" and "key" None or float32 (2, H), the factors of a dimension and of its partner.
+      following: what is read after this block.
+      epsilon: of the stream's norms.
+      head_epsilon: of the heads' norms.
+      programs: a power of two, of which K is a divisor. All must run at once.
+
+    Returns:
+      x and parts for the next block, key, value and counters. A token without a place in the cache is written nowhere.
+    """
+    interpret = common.is_interpreted()
+    dtype, width = x.dtype, x.shape[1]
+    _, capacity, kv_heads, head_dim = key.shape
+    group = weights["out"][0].shape[0] // head_dim // kv_heads
+    mlp_width = weights["down"][0].shape[0]
+    names = ["query", "probe", "key", "value"] if len(weights["in"]) == 4 else ["query", "key", "value"]
+    has_probe = "probe" in names
+    plans = {name: Product.of(w, programs, kv_heads if name == "out" else None) for name, w in weights.items()}
+    splits = programs // kv_heads  # programs that share the keys of a head
+    block = TILE[0] * TILE[1] // head_dim  # keys of a tile
+    c = head_dim**-0.5 * tiles.LOG2_E
+    starts = dict(zip(names, [TILE[1] * first for first in plans["in"].firsts], strict=False))
+
+    float32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    results = {name: {name: float32(plan.shares, sum(plan.widths))} for name, plan in plans.items()}
+    results["gate"]["x"] = jax.ShapeDtypeStruct((1, width), dtype)
+    results["attention"] = {
+        "stats": float32(kv_heads, splits, group, 4),
+        "sums": float32(kv_heads, splits, group, 1 + has_probe, head_dim),
+    }
+    given = {
+        "x": x,
+        "parts": parts,
+        "weights": weights,
+        "gains": {name: gain for name, gain in norms._asdict().items() if gain is not None},
+        "rotations": {name: factors for name, factors in rotations.items() if factors is not None},
+        "lengths": lengths,
+        "following": () if interpret else tuple(following),
+    }
+
+    def kernel(stages, tree, outputs, key_ref, value_ref, counters_ref, *refs, **scratch):
+        inputs, before = jax.tree.unflatten(tree, refs[: tree.num_leaves])
+        buffers = before | dict(zip(outputs, refs[tree.num_leaves :], strict=True))
+        g, s, held = types.SimpleNamespace(**inputs), types.SimpleNamespace(**scratch), {}
+        weight_tiles, head_tiles = (s.weights, s.heads) if interpret else s.ring
+        program, thread = lax.axis_index("program"), lax.axis_index("thread")
+        kv, own = lax.rem(program, kv_heads), lax.div(program, kv_heads)
+        length, is_new = g.lengths[0], g.lengths[1] > g.lengths[0]
+        num_old = jnp.minimum(length, capacity)
+        count = jnp.maximum(1, lax.div(pl.cdiv(num_old, block) - own - 1, splits) + 1)
+        firsts, total = {}, jnp.int32(0)
+        for stage in stages:
+            firsts[stage] = total
+            total += 2 * count if stage == "attention" else plans[stage].num_tiles
+
+        def slot(step):
+            return common.ring_slot(step, STAGES)
+
+        def key_of(i):
+            """First key of the program's i-th tile of keys."""
+            return (own + i * splits) * block
+
+        def copy(step):
+            """Starts to copy the tile of a step into its slot."""
+
+            def when(condition, source, to):
+                start = functools.partial(plgpu.copy_gmem_to_smem, source, to.at[slot(step)], s.ready.at[slot(step)])
+                pl.when(condition)(start)
+
+            for stage in stages:
+                index = step - firsts[stage]
+                if stage == "attention":
+                    first = key_of(lax.div(index, 2))
+                    here = pl.ds(jnp.where(first < capacity, first, 0), block)
+                    inside = (index >= 0) & (index < 2 * count)
+                    for i, ref in enumerate((key_ref, value_ref)):
+                        when(inside & (lax.rem(index, 2) == i), ref.at[0, here, kv], head_tiles)
+                    continue
+                plan = plans[stage]
+                row, column = plan.place(program, index)
+                inside = (index >= 0) & (index < plan.num_tiles)
+                for first, last, ref in zip(plan.firsts, plan.firsts[1:], g.weights[stage], strict=False):
+                    tile = ref.at[pl.ds(row, TILE[0]), pl.ds((column - first) * TILE[1], TILE[1])]
+                    when(inside & (first <= column) & (column < last), tile, weight_tiles)
+
+        @pl.when(thread == 1)
+        def _copy():
+            def one(step, _):
+                pl.when(step >= STAGES)(lambda: plgpu.barrier_wait(s.free.at[slot(step)]))
+                copy(step)
+
+            lax.fori_loop(0, total, one, None)
+            if g.following:
+                registers.bring_to_cache(g.following, program, programs)
+            common.drain(s.free, total, STAGES)
+
+        def load(ref, layout):
+            x = ref[...] if interpret else plgpu.load(ref, layout=layout, optimized=False)
+            return x.astype(jnp.float32)
+
+        def rounded(x):
+            return x.astype(dtype).astype(jnp.float32)
+
+        def added_up(ref, columns, layout):
+            """The sum over all shares of a product."""
+            return functools.reduce(jnp.add, [load(ref.at[i, columns], layout) for i in range(ref.shape[0])])
+
+        def stream(name):
+            """The residual stream with what `name` adds to it."""
+            if name == "in" and g.parts is None:
+                return load(g.x.at[0], _strided(width))
+            x = load(g.x.at[0], _strided(width)) if name == "in" else (held["x"] if "x" in held else stream("in"))
+            ref = g.parts if name == "in" else buffers[name]
+            return rounded(x + rounded(added_up(ref, pl.ds(0, width), _strided(width))))
+
+        def multiply(name, *vectors):
+            """The program's share of a product with `vectors`: (values, index of the first of the share's, layout)."""
+            for x, first, layout in vectors:
+                registers.write_row(s.row, x.astype(dtype), first, layout, interpret)
+            plgpu.commit_smem()
+            plan = plans[name]
+            depth, share = plan.share // TILE[0], lax.rem(program, plan.shares)
+
+            def one(i, _):
+                column, first = plan.block(program, i), firsts[name] + i * depth
+
+                def product(sums):
+                    for k in range(depth):
+                        at = slot(first + k)
+                        plgpu.barrier_wait(s.ready.at[at])
+                        inputs = s.row.at[:, pl.ds(k * TILE[0], TILE[0])]
+                        plgpu.wgmma(sums, weight_tiles.at[at].transpose((1, 0)), inputs.transpose((1, 0)))
+                    to = buffers[name].at[share, pl.ds(column * TILE[1], TILE[1])]
+                    registers.store_column(to, common.read(sums), interpret)
+
+                exists = column < plan.firsts[-1]
+                pl.when(exists)(lambda: pl.run_scoped(product, plgpu.ACC((TILE[1], registers.ROWS), jnp.float32)))
+                for k in range(depth):
+                    plgpu.barrier_arrive(s.free.at[slot(first + k)])
+
+            lax.fori_loop(0, plan.rounds, one, None)
+
+        def normed(x, gain):
+            inverse = lax.rsqrt(jnp.sum(x * x) / width + epsilon)
+            return x * inverse * load(gain, _strided(width))
+
+        def inputs():
+            held["x"] = stream("in")
+            plan = plans["in"]
+            first = lax.rem(program, plan.shares) * plan.share
+            multiply("in", (normed(held["x"], g.gains["attention"]), first, _strided(width)))
+
+        def head(name, index):
+            """A row of the first product in halves, normed, rotated and rounded."""
+            half, ref = head_dim // 2, buffers["in"]
+            layout, first = _half_row(half), starts[name] + index * head_dim
+            both = [rounded(added_up(ref, pl.ds(first + i * half, half), layout)) for i in range(2)]
+            if name in g.gains:
+                square = sum(jnp.sum(x * x) for x in both)
+                inverse = lax.rsqrt(square / head_dim + head_epsilon)
+                both = [x * inverse * load(g.gains[name].at[pl.ds(i * half, half)], layout) for i, x in enumerate(both)]
+            if name in g.rotations:
+                factors = g.rotations[name]
+                turn = lambda i: [load(factors.at[j, pl.ds(i * half, half)], layout) for j in range(2)]
+                both = [both[i] * own + both[1 - i] * other for i, (own, other) in enumerate(map(turn, range(2)))]
+            return [rounded(x) for x in both]
+
+        def new_token():
+            """The new token's state for each query, and what goes to the cache; the queries are left in `s.heads`."""
+            key, queries = head("key", kv), []
+            value = rounded(added_up(buffers["in"], pl.ds(starts["value"] + kv * head_dim, head_dim), _columns(head_dim)))
+            states = []
+            for i in range(group):
+                dots = []
+                for j, name in enumerate(names[: 1 + has_probe]):
+                    both = head(name, kv * group + i)
+                    for half, x in enumerate(both):
+                        s.rows[j, 0, i, pl.ds(half * (head_dim // 2), head_dim // 2)] = x.astype(dtype)
+                    dots.append(sum(jnp.sum(x * y) for x, y in zip(both, key, strict=True)))
+                m, d1 = jnp.where(is_new, c * dots[0], -jnp.inf), jnp.where(is_new, 1.0, 0.0)
+                zero = value * 0.0 if has_probe else None
+                states.append(tiles.State(m, d1, dots[1] if has_probe else None, value, zero))
+            return states, key, value
+
+        def attention():
+            held["new"], *fresh = new_token()
+
+            @pl.when(is_new & (length < capacity) & (own == 0))
+            def _store():
+                (low, high), value = fresh
+                for i, x in enumerate((low, high)):
+                    key_ref[0, length, kv, pl.ds(i * (head_dim // 2), head_dim // 2)] = x.astype(dtype)
+                value_ref[0, length, kv] = value.astype(dtype)
+
+            plgpu.commit_smem()
+            both = registers.gather(s.rows.at[0], s.rows.at[has_probe - 0], group, interpret)
+            at = lambda name, i: slot(firsts["attention"] + 2 * i + (name == "v"))
+
+            def wait_for(name, i):
+                plgpu.barrier_wait(s.ready.at[at(name, i)])
+                return head_tiles.at[at(name, i)]
+
+            def done(name, i):
+                plgpu.barrier_arrive(s.free.at[at(name, i)])
+
+            def visible(i, like):
+                across = plgpu.broadcasted_iota(jnp.int32, like.shape, 1, layout=registers.HALF)
+                return across < num_old - key_of(i)
+
+            walk = decode.Walk(count, wait_for, done, visible, lambda i: num_old - key_of(i))
+            options = dict(c=c, block=block, is_softmax=not has_probe, interpret=interpret)
+            run = functools.partial(decode.attend, both, walk, **options)
+            state = pl.run_scoped(run, *common.accumulators(head_dim, block))
+            done("v", count - 1)
+            at_split = (buffers[name].at[kv, own] for name in ("stats", "sums"))
+            registers.store_state(state, *at_split, group, interpret)
+
+        def out():
+            new = held["new"] if "new" in held else new_token()[0]
+            layout, merged = _columns(head_dim), []
+            for i in range(group):
+                states = [new[i]]
+                for j in range(splits):
+                    m, d1, t_mean = (buffers["stats"][kv, j, i, n] for n in range(3))
+                    sums = [load(buffers["sums"].at[kv, j, i, n], layout) for n in range(1 + has_probe)]
+                    states.append(tiles.State(m, d1, t_mean, *sums) if has_probe else tiles.State(m, d1, None, *sums, None))
+                merged.append((tiles.finish(tiles.merge(states))[0], -i * head_dim, layout))
+            multiply("out", *merged)
+
+        def gate():
+            x = stream("out")
+
+            @pl.when(program == 0)
+            def _store():
+                buffers["x"][0] = x.astype(dtype)
+
+            plan = plans["gate"]
+            first = lax.rem(program, plan.shares) * plan.share
+            multiply("gate", (normed(x, g.gains["mlp"]), first, _strided(width)))
+
+        def down():
+            plan = plans["down"]
+            first, layout = lax.rem(program, plan.shares) * plan.share, _strided(plan.share)
+            both = (pl.ds(first + i * mlp_width, plan.share) for i in range(2))
+            gate, up = (rounded(added_up(buffers["gate"], columns, layout)) for columns in both)
+            multiply("down", (gate / (1 + jnp.exp(-gate)) * up, 0, layout))
+
+        @pl.when(thread == 0)
+        def _compute():
+            run = {"in": inputs, "attention": attention, "out": out, "gate": gate, "down": down}
+            for i, stage in enumerate(stages):
+                if i > 0:
+                    of_head = stage == "out"  # who needs a head's states has made one of them
+                    counter = counters_ref.at[1 + kv if of_head else 0, 0]
+                    registers.meet(counter, splits if of_head else programs)
+                run[stage]()
+
+    row = functools.partial(common.swizzled, registers.ROWS, max(plan.share for plan in plans.values()), 1)
+    shapes = (TILE[0], TILE[1]), (block, head_dim)
+    weight_tiles, head_tiles = (common.swizzled(*shape, STAGES, dtype=dtype) for shape in shapes)
+    scratch = dict(
+        row=plgpu.SMEM((registers.ROWS, max(plan.share for plan in plans.values())), dtype, transforms=common.swizzle(64)),
+        rows=plgpu.SMEM((2, 1, group, head_dim), dtype),
+        ready=plgpu.Barrier(num_barriers=STAGES),
+        free=plgpu.Barrier(num_barriers=STAGES),
+    )
+    del row
+    scratch |= dict(weights=weight_tiles, heads=head_tiles) if interpret else dict(ring=plgpu.RefUnion(weight_tiles, head_tiles))
+    refs = [jax.new_ref(x) for x in (key, value, counters)]
+
+    def run(stages, before):
+        inputs, tree = jax.tree.flatten((given, before))
+        outputs = {name: shape for stage in stages for name, shape in results[stage].items()}
+        made = plgpu.kernel(
+            functools.partial(kernel, stages, tree, list(outputs)),
+            out_type=tuple(outputs.values()),
+            scratch_types=scratch,
+            grid=(programs,),
+            grid_names=("program",),
+            num_threads=2,
+            thread_name="thread",
+            kernel_name="block",
+            compiler_params=plgpu.CompilerParams(approx_math=True),
+            interpret=plgpu.InterpretGPUParams() if interpret else False,
+        )(*refs, *inputs)
+        return before | dict(zip(outputs, made, strict=True))
+
+    stages, made = ("in", "attention", "out", "gate", "down"), {}
+    for several in [(stage,) for stage in stages] if interpret else [stages]:  # the interpreter has no barrier
+        made = run(several, made)
+    return made["x"], made["down"], *(ref[...] for ref in refs)
