@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import device, triton_routes
 from pallas_kernels.blocks import Mask
+from pallas_kernels.mosaic_gpu import layer as one_kernel
 from parallax_jax.cache import KVCache
 from parallax_jax.layers import rotary_embedding
 
@@ -71,7 +72,10 @@ def layers(
     rotation = tuple(
         jnp.broadcast_to(factor.reshape(-1, config.head_dim), (batch, config.head_dim)) for factor in factors
     )
-    counters = jnp.zeros(batch * config.num_heads, jnp.int32)
+    counters = {
+        "append": jnp.zeros(batch * config.num_heads, jnp.int32),
+        "layer": jnp.zeros((1 + config.num_kv_heads, 32), jnp.int32),
+    }
     lengths = cache.grown(1, num_new)
     x, keys, values = triton_routes.load(_KERNELS[0]).Stream(x[:, 0]), [], []
     blocks = [nn.meta.unbox(params[f"layers_{i}"]) for i in range(config.num_layers)]
@@ -79,7 +83,8 @@ def layers(
         layer = {"key": cache.key[i], "value": cache.value[i], "page_table": cache.page_table, "counters": counters}
         mask = Mask(cache.lengths, lengths, window=None if cache.ring else window)
         following = list(_first_weights(config, blocks[i + 1]).values()) if i + 1 < len(blocks) else []
-        x, key, value, counters = _block(config, cache.ring, blocks[i], following, x, rotation, mask, layer)
+        run = _one_kernel if _in_one_kernel(config, cache, blocks[i], x.x, window) else _block
+        x, key, value, counters = run(config, cache.ring, blocks[i], following, x, rotation, mask, layer)
         keys.append(key)
         values.append(value)
     return x.whole()[:, None], tuple(keys), tuple(values)
@@ -89,6 +94,51 @@ def _first_weights(config, params) -> dict[str, Float[Array, "D _"]]:
     """Weights of a block's first product."""
     names = ("query", "probe", "key", "value") if config.attention == "parallax" else ("query", "key", "value")
     return {name: params["attention"][name]["kernel"].reshape(config.width, -1) for name in names}
+
+
+def _in_one_kernel(config, cache: KVCache, params, x, window: int | None) -> bool:
+    """Whether Hopper's kernel takes a block."""
+    if cache.ring or cache.page_table is not None or window is not None or config.implementation is not None:
+        return False
+    return one_kernel.unsupported(x, _weights(config, params), cache.key[0]) is None
+
+
+def _weights(config, params) -> dict[str, list[Array]]:
+    """A block's weights in the order in which they are read."""
+    mlp = params["mlp"]
+    return {
+        "in": list(_first_weights(config, params).values()),
+        "out": [params["attention"]["out"]["kernel"].reshape(-1, config.width)],
+        "gate": [mlp["gate"]["kernel"], mlp["up"]["kernel"]],
+        "down": [mlp["down"]["kernel"]],
+    }
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _one_kernel(config, ring, params, following, x, rotation, mask, cache):
+    """`_block` of one sequence in one kernel."""
+    attention = params["attention"]
+    gains = {name: attention[f"{name}_norm"]["scale"] for name in ("query", "probe", "key") if f"{name}_norm" in attention}
+    norms = one_kernel.Norms(
+        params["attention_norm"]["scale"], params["mlp_norm"]["scale"], *map(gains.get, ("query", "probe", "key"))
+    )
+    factors = jnp.concatenate(rotation)
+    rotations = {"query": factors, "probe": factors if config.probe_rope else None, "key": factors}
+    x, parts, key, value, counters = one_kernel.layer(
+        *x,
+        _weights(config, params),
+        norms,
+        cache["key"],
+        cache["value"],
+        cache["counters"]["layer"],
+        jnp.concatenate([mask.offset, mask.lengths]),
+        rotations,
+        following,
+        epsilon=config.norm_eps,
+        head_epsilon=config.norm_eps if config.qk_norm_eps is None else config.qk_norm_eps,
+    )
+    stream = triton_routes.load(_KERNELS[0]).Stream
+    return stream(x, parts), key, value, cache["counters"] | {"layer": counters}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -117,7 +167,7 @@ def _block(config, ring, params, following, x, rotation, mask, cache):
         heads.get("probe"),
         cache["key"],
         cache["value"],
-        cache["counters"],
+        cache["counters"]["append"],
         mask,
         cache["page_table"],
         fresh,
@@ -127,4 +177,4 @@ def _block(config, ring, params, following, x, rotation, mask, cache):
     gain, gate_up = params["mlp_norm"]["scale"], weights["gate"] + weights["up"]
     hidden, x = project(x, gate_up, gain=gain, gated=True, ahead=ahead["gate"])
     (x,) = project(projection.Stream(hidden), weights["down"], residual=x.x, ahead=ahead["down"])
-    return x, key, value, counters
+    return x, key, value, cache["counters"] | {"append": counters}

@@ -104,7 +104,7 @@ def _half_row(size: int) -> plgpu.Layout:
     return plgpu.Layout.TILED(tiling, warp_dims=(fragmented_array.Replicated(4),), lane_dims=(-2,), vector_dim=-1)
 
 
-def unsupported(x, weights, key, rotations_width: int, programs: int = PROGRAMS) -> str | None:
+def unsupported(x, weights, key, programs: int = PROGRAMS) -> str | None:
     """Why `layer` cannot run a block, or None; the arguments are those of `layer`."""
     batch, capacity, kv_heads, head_dim = key.shape
     group = weights["out"][0].shape[0] // head_dim // kv_heads
@@ -346,7 +346,7 @@ def layer(
                 value_ref[0, length, kv] = value.astype(dtype)
 
             plgpu.commit_smem()
-            both = registers.gather(s.rows.at[0], s.rows.at[has_probe - 0], group, interpret)
+            both = registers.gather(s.rows.at[0], s.rows.at[1 if has_probe else 0], group, interpret)
             at = lambda name, i: slot(firsts["attention"] + 2 * i + (name == "v"))
 
             def wait_for(name, i):
@@ -408,7 +408,6 @@ def layer(
                     registers.meet(counter, splits if of_head else programs)
                 run[stage]()
 
-    row = functools.partial(common.swizzled, registers.ROWS, max(plan.share for plan in plans.values()), 1)
     shapes = (TILE[0], TILE[1]), (block, head_dim)
     weight_tiles, head_tiles = (common.swizzled(*shape, STAGES, dtype=dtype) for shape in shapes)
     scratch = dict(
@@ -417,7 +416,6 @@ def layer(
         ready=plgpu.Barrier(num_barriers=STAGES),
         free=plgpu.Barrier(num_barriers=STAGES),
     )
-    del row
     scratch |= dict(weights=weight_tiles, heads=head_tiles) if interpret else dict(ring=plgpu.RefUnion(weight_tiles, head_tiles))
     refs = [jax.new_ref(x) for x in (key, value, counters)]
 
