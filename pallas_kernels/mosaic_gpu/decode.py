@@ -52,7 +52,7 @@ def outrun(query, probe, key, value, mask, page_table) -> str | None:
     return MosaicGpuDecodeBlockSizes.outrun(query, key, value, mask, page_table)
 
 
-def columns_layout(width: int) -> plgpu.Layout:
+def _columns(width: int) -> plgpu.Layout:
     """Layout of a row of values: pairs of columns, each in several threads."""
     tiling = fragmented_array.Tiling(((width,), (width // 4,), (2,)))
     copies = fragmented_array.Replicated(32 // (width // 8))
@@ -244,7 +244,7 @@ def decode(query, probe, key, value, mask: blocks.Mask, page_table, *, scale, bl
         def merge(slot, row):
             def load(i):
                 stats = [s.stats[slot, i, j] for j in range(3)]
-                sums = [plgpu.load(s.sums.at[slot, i, j], layout=columns_layout(width), optimized=False) for j in of_state]
+                sums = [plgpu.load(s.sums.at[slot, i, j], layout=_columns(width), optimized=False) for j in of_state]
                 return tiles.State(*stats, *sums) if probes else tiles.State(*stats[:2], None, *sums, None)
 
             of_state = range(1 + len(probes))

@@ -22,7 +22,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import tiles
 from pallas_kernels.mosaic_gpu import common, decode, registers
-from pallas_kernels.mosaic_gpu.decode import columns_layout as _columns
 
 PROGRAMS = 128  # a power of two; each has a core
 TILE = 128, 64  # rows and columns of weights
@@ -93,15 +92,25 @@ class Norms(NamedTuple):
     key: jax.Array | None
 
 
-def _strided(size: int) -> plgpu.Layout:
-    """Layout of a vector over all threads."""
-    return plgpu.Layout.WG_STRIDED((size,), vec_size=next(n for n in (4, 2, 1) if size % (128 * n) == 0))
+def _across(size: int) -> plgpu.Layout:
+    """Layout of rows whose columns lie across all threads; `reduce(0)` is that of one row."""
+    width = next(n for n in (4, 2, 1) if size % (128 * n) == 0)
+    tiling = fragmented_array.Tiling(((1, 128 * width), (32 * width,), (width,)))
+    return plgpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
 
 
-def _half_row(size: int) -> plgpu.Layout:
-    """Layout of half a head, the same in all warps."""
-    tiling = fragmented_array.Tiling(((size,), (size // 32,)))
-    return plgpu.Layout.TILED(tiling, warp_dims=(fragmented_array.Replicated(4),), lane_dims=(-2,), vector_dim=-1)
+def _in_each_warp(size: int) -> plgpu.Layout:
+    """Layout of rows of up to 128 columns, the same in all warps."""
+    tiling = fragmented_array.Tiling(((1, size), (size // 32,)))
+    copies = fragmented_array.Replicated(4)
+    return plgpu.Layout.TILED(tiling, warp_dims=(copies,), lane_dims=(-2,), vector_dim=-1)
+
+
+def _in_pairs(size: int) -> plgpu.Layout:
+    """Layout of rows of 64 or 128 columns across all threads, which have two each: several threads the same."""
+    tiling = fragmented_array.Tiling(((1, size), (size // 4,), (2,)))
+    copies = fragmented_array.Replicated(256 // size)
+    return plgpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=(copies, -2), vector_dim=-1)
 
 
 def unsupported(x, weights, key, programs: int = PROGRAMS) -> str | None:
@@ -177,9 +186,9 @@ def layer(
     float32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     results = {name: {name: float32(plan.shares, sum(plan.widths))} for name, plan in plans.items()}
     results["gate"]["x"] = jax.ShapeDtypeStruct((1, width), dtype)
-    results["attention"] = {
-        "stats": float32(kv_heads, splits, group, 4),
-        "sums": float32(kv_heads, splits, group, 1 + has_probe, head_dim),
+    results["attention"] = {  # the last state is the new token's
+        "stats": float32(kv_heads, splits + 1, group, 4),
+        "sums": float32(kv_heads, splits + 1, group, 1 + has_probe, head_dim),
     }
     given = {
         "x": x,
@@ -256,15 +265,16 @@ def layer(
 
         def added_up(ref, columns, layout):
             """The sum over all shares of a product."""
-            return functools.reduce(jnp.add, [load(ref.at[i, columns], layout) for i in range(ref.shape[0])])
+            return jnp.sum(load(ref.at[:, columns], layout), axis=0)
 
         def stream(name):
             """The residual stream with what `name` adds to it."""
-            if name == "in" and g.parts is None:
-                return load(g.x.at[0], _strided(width))
-            x = load(g.x.at[0], _strided(width)) if name == "in" else (held["x"] if "x" in held else stream("in"))
-            ref = g.parts if name == "in" else buffers[name]
-            return rounded(x + rounded(added_up(ref, pl.ds(0, width), _strided(width))))
+            layout = _across(width)
+            if name == "out":
+                x, added = held["x"] if "x" in held else stream("in"), buffers["out"]
+            else:
+                x, added = load(g.x.at[0], layout.reduce(0)), g.parts
+            return x if added is None else rounded(x + rounded(added_up(added, pl.ds(0, width), layout)))
 
         def multiply(name, *vectors):
             """The program's share of a product with `vectors`: (values, index of the first of the share's, layout)."""
@@ -295,55 +305,61 @@ def layer(
 
         def normed(x, gain):
             inverse = lax.rsqrt(jnp.sum(x * x) / width + epsilon)
-            return x * inverse * load(gain, _strided(width))
+            return x * inverse * load(gain, _across(width).reduce(0))
 
         def inputs():
             held["x"] = stream("in")
             plan = plans["in"]
             first = lax.rem(program, plan.shares) * plan.share
-            multiply("in", (normed(held["x"], g.gains["attention"]), first, _strided(width)))
+            multiply("in", (normed(held["x"], g.gains["attention"]), first, _across(width).reduce(0)))
 
         def head(name, index):
             """A row of the first product in halves, normed, rotated and rounded."""
-            half, ref = head_dim // 2, buffers["in"]
-            layout, first = _half_row(half), starts[name] + index * head_dim
-            both = [rounded(added_up(ref, pl.ds(first + i * half, half), layout)) for i in range(2)]
+            half, layout = head_dim // 2, _in_each_warp(head_dim // 2)
+            columns = [pl.ds(i * half, half) for i in range(2)]
+            first = starts[name] + index * head_dim
+            both = [rounded(added_up(buffers["in"], pl.ds(first + i * half, half), layout)) for i in range(2)]
             if name in g.gains:
                 square = sum(jnp.sum(x * x) for x in both)
                 inverse = lax.rsqrt(square / head_dim + head_epsilon)
-                both = [x * inverse * load(g.gains[name].at[pl.ds(i * half, half)], layout) for i, x in enumerate(both)]
+                gains = (load(g.gains[name].at[i], layout.reduce(0)) for i in columns)
+                both = [x * inverse * gain for x, gain in zip(both, gains, strict=True)]
             if name in g.rotations:
-                factors = g.rotations[name]
-                turn = lambda i: [load(factors.at[j, pl.ds(i * half, half)], layout) for j in range(2)]
-                both = [both[i] * own + both[1 - i] * other for i, (own, other) in enumerate(map(turn, range(2)))]
+                turns = [[load(g.rotations[name].at[j, i], layout.reduce(0)) for j in range(2)] for i in columns]
+                both = [x * own + y * other for x, y, (own, other) in zip(both, both[::-1], turns, strict=True)]
             return [rounded(x) for x in both]
 
-        def new_token():
-            """The new token's state for each query, and what goes to the cache; the queries are left in `s.heads`."""
-            key, queries = head("key", kv), []
-            value = rounded(added_up(buffers["in"], pl.ds(starts["value"] + kv * head_dim, head_dim), _columns(head_dim)))
-            states = []
+        def attention():
+            stats, sums = (buffers[name].at[kv] for name in ("stats", "sums"))
+            key, of_value = head("key", kv), pl.ds(starts["value"] + kv * head_dim, head_dim)
+            halves = [pl.ds(i * (head_dim // 2), head_dim // 2) for i in range(2)]
             for i in range(group):
                 dots = []
                 for j, name in enumerate(names[: 1 + has_probe]):
                     both = head(name, kv * group + i)
-                    for half, x in enumerate(both):
-                        s.rows[j, 0, i, pl.ds(half * (head_dim // 2), head_dim // 2)] = x.astype(dtype)
+                    for columns, x in zip(halves, both, strict=True):
+                        s.rows[j, 0, i, columns] = x.astype(dtype)
                     dots.append(sum(jnp.sum(x * y) for x, y in zip(both, key, strict=True)))
-                m, d1 = jnp.where(is_new, c * dots[0], -jnp.inf), jnp.where(is_new, 1.0, 0.0)
-                zero = value * 0.0 if has_probe else None
-                states.append(tiles.State(m, d1, dots[1] if has_probe else None, value, zero))
-            return states, key, value
 
-        def attention():
-            held["new"], *fresh = new_token()
+                @pl.when(own == 0)
+                def _store_new(i=i, dots=dots):
+                    m, d1 = jnp.where(is_new, c * dots[0], -jnp.inf), jnp.where(is_new, 1.0, 0.0)
+                    for n, x in enumerate((m, d1, *dots[1:])):
+                        stats[splits, i, n] = x
 
-            @pl.when(is_new & (length < capacity) & (own == 0))
+            @pl.when(own == 0)
             def _store():
-                (low, high), value = fresh
-                for i, x in enumerate((low, high)):
-                    key_ref[0, length, kv, pl.ds(i * (head_dim // 2), head_dim // 2)] = x.astype(dtype)
-                value_ref[0, length, kv] = value.astype(dtype)
+                value = rounded(added_up(buffers["in"], of_value, _in_pairs(head_dim)))
+                for i in range(group):
+                    sums[splits, i, 0] = value
+                    if has_probe:
+                        sums[splits, i, 1] = value * 0.0
+
+                @pl.when(is_new & (length < capacity))
+                def _to_cache():
+                    for columns, x in zip(halves, key, strict=True):
+                        key_ref[0, length, kv, columns] = x.astype(dtype)
+                    value_ref[0, length, kv] = value.astype(dtype)
 
             plgpu.commit_smem()
             both = registers.gather(s.rows.at[0], s.rows.at[1 if has_probe else 0], group, interpret)
@@ -365,20 +381,18 @@ def layer(
             run = functools.partial(decode.attend, both, walk, **options)
             state = pl.run_scoped(run, *common.accumulators(head_dim, block))
             done("v", count - 1)
-            at_split = (buffers[name].at[kv, own] for name in ("stats", "sums"))
-            registers.store_state(state, *at_split, group, interpret)
+            registers.store_state(state, stats.at[own], sums.at[own], group, interpret)
 
         def out():
-            new = held["new"] if "new" in held else new_token()[0]
-            layout, merged = _columns(head_dim), []
-            for i in range(group):
-                states = [new[i]]
-                for j in range(splits):
-                    m, d1, t_mean = (buffers["stats"][kv, j, i, n] for n in range(3))
-                    sums = [load(buffers["sums"].at[kv, j, i, n], layout) for n in range(1 + has_probe)]
-                    states.append(tiles.State(m, d1, t_mean, *sums) if has_probe else tiles.State(m, d1, None, *sums, None))
-                merged.append((tiles.finish(tiles.merge(states))[0], -i * head_dim, layout))
-            multiply("out", *merged)
+            layout = _in_pairs(head_dim)
+            stats, sums = (buffers[name].at[kv] for name in ("stats", "sums"))
+
+            def merged(i):
+                m, d1, t_mean = (load(stats.at[:, i, n], layout.reduce(1)) for n in range(3))
+                o1, *o2 = (load(sums.at[:, i, n], layout) for n in range(1 + has_probe))
+                return tiles.merged_output(tiles.State(m, d1, t_mean, o1, *o2) if has_probe else tiles.State(m, d1, None, o1, None))
+
+            multiply("out", *((merged(i), -i * head_dim, layout.reduce(0)) for i in range(group)))
 
         def gate():
             x = stream("out")
@@ -389,14 +403,14 @@ def layer(
 
             plan = plans["gate"]
             first = lax.rem(program, plan.shares) * plan.share
-            multiply("gate", (normed(x, g.gains["mlp"]), first, _strided(width)))
+            multiply("gate", (normed(x, g.gains["mlp"]), first, _across(width).reduce(0)))
 
         def down():
             plan = plans["down"]
-            first, layout = lax.rem(program, plan.shares) * plan.share, _strided(plan.share)
+            first, layout = lax.rem(program, plan.shares) * plan.share, _across(plan.share)
             both = (pl.ds(first + i * mlp_width, plan.share) for i in range(2))
             gate, up = (rounded(added_up(buffers["gate"], columns, layout)) for columns in both)
-            multiply("down", (gate / (1 + jnp.exp(-gate)) * up, 0, layout))
+            multiply("down", (gate / (1 + jnp.exp(-gate)) * up, 0, layout.reduce(0)))
 
         @pl.when(thread == 0)
         def _compute():
