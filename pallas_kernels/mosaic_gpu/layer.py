@@ -25,7 +25,8 @@ from pallas_kernels.mosaic_gpu import common, decode, registers
 
 PROGRAMS = 128  # a power of two; each has a core
 TILE = 128, 64  # rows and columns of weights
-STAGES = 12
+SLOTS = 12  # of the ring
+UNDER_WAY = 4  # tiles of a program: with more, those that one program needs later come before those others need now
 
 
 class Product(NamedTuple):
@@ -72,14 +73,15 @@ class Product(NamedTuple):
         return self.rounds * (self.share // TILE[0])
 
     def place(self, program, index):
-        """(row, block of columns) of a program's tile; no such block where it is not below `firsts[-1]`."""
+        """(row, block of columns) of a program's tile."""
         depth = self.share // TILE[0]
         row = lax.rem(program, self.shares) * self.share + lax.rem(index, depth) * TILE[0]
         return row, self.block(program, lax.div(index, depth))
 
     def block(self, program, index):
-        """Block of columns of a program's round."""
-        return lax.div(program, self.shares) + index * (self.programs // self.shares)
+        """Block of columns of a program's round; where none is left the last, which another program has, too."""
+        block = lax.div(program, self.shares) + index * (self.programs // self.shares)
+        return jnp.minimum(block, self.firsts[-1] - 1)
 
 
 class Norms(NamedTuple):
@@ -216,7 +218,7 @@ def layer(
             total += 2 * count if stage == "attention" else plans[stage].num_tiles
 
         def slot(step):
-            return common.ring_slot(step, STAGES)
+            return common.ring_slot(step, SLOTS)
 
         def key_of(i):
             """First key of the program's i-th tile of keys."""
@@ -248,13 +250,14 @@ def layer(
         @pl.when(thread == 1)
         def _copy():
             def one(step, _):
-                pl.when(step >= STAGES)(lambda: plgpu.barrier_wait(s.free.at[slot(step)]))
+                pl.when(step >= UNDER_WAY)(lambda: plgpu.barrier_wait(s.ready.at[slot(step - UNDER_WAY)]))
+                pl.when(step >= SLOTS)(lambda: plgpu.barrier_wait(s.free.at[slot(step)]))
                 copy(step)
 
             lax.fori_loop(0, total, one, None)
             if g.following:
                 registers.bring_to_cache(g.following, program, programs)
-            common.drain(s.free, total, STAGES)
+            common.drain(s.free, total, SLOTS)
 
         def load(ref, layout):
             x = ref[...] if interpret else plgpu.load(ref, layout=layout, optimized=False)
@@ -296,47 +299,60 @@ def layer(
                     to = buffers[name].at[share, pl.ds(column * TILE[1], TILE[1])]
                     registers.store_column(to, common.read(sums), interpret)
 
-                exists = column < plan.firsts[-1]
-                pl.when(exists)(lambda: pl.run_scoped(product, plgpu.ACC((TILE[1], registers.ROWS), jnp.float32)))
+                pl.run_scoped(product, plgpu.ACC((TILE[1], registers.ROWS), jnp.float32))
                 for k in range(depth):
                     plgpu.barrier_arrive(s.free.at[slot(first + k)])
 
             lax.fori_loop(0, plan.rounds, one, None)
 
         def normed(x, gain):
-            inverse = lax.rsqrt(jnp.sum(x * x) / width + epsilon)
-            return x * inverse * load(gain, _across(width).reduce(0))
+            return x * lax.rsqrt(jnp.sum(x * x) / width + epsilon) * gain
+
+        def gain_of(name):
+            return load(g.gains[name], _across(width).reduce(0))
 
         def inputs():
-            held["x"] = stream("in")
+            gain, held["x"] = gain_of("attention"), stream("in")
             plan = plans["in"]
             first = lax.rem(program, plan.shares) * plan.share
-            multiply("in", (normed(held["x"], g.gains["attention"]), first, _across(width).reduce(0)))
-
-        def head(name, index):
-            """A row of the first product in halves, normed, rotated and rounded."""
-            half, layout = head_dim // 2, _in_each_warp(head_dim // 2)
-            columns = [pl.ds(i * half, half) for i in range(2)]
-            first = starts[name] + index * head_dim
-            both = [rounded(added_up(buffers["in"], pl.ds(first + i * half, half), layout)) for i in range(2)]
-            if name in g.gains:
-                square = sum(jnp.sum(x * x) for x in both)
-                inverse = lax.rsqrt(square / head_dim + head_epsilon)
-                gains = (load(g.gains[name].at[i], layout.reduce(0)) for i in columns)
-                both = [x * inverse * gain for x, gain in zip(both, gains, strict=True)]
-            if name in g.rotations:
-                turns = [[load(g.rotations[name].at[j, i], layout.reduce(0)) for j in range(2)] for i in columns]
-                both = [x * own + y * other for x, y, (own, other) in zip(both, both[::-1], turns, strict=True)]
-            return [rounded(x) for x in both]
+            multiply("in", (normed(held["x"], gain), first, _across(width).reduce(0)))
 
         def attention():
             stats, sums = (buffers[name].at[kv] for name in ("stats", "sums"))
-            key, of_value = head("key", kv), pl.ds(starts["value"] + kv * head_dim, head_dim)
-            halves = [pl.ds(i * (head_dim // 2), head_dim // 2) for i in range(2)]
+            half, layout = head_dim // 2, _in_each_warp(head_dim // 2)
+            halves = [pl.ds(i * half, half) for i in range(2)]
+
+            # All that comes from memory before anything waits for it.
+            def shares(name, index):
+                first = starts[name] + index * head_dim
+                return [load(buffers["in"].at[:, pl.ds(first + i * half, half)], layout) for i in range(2)]
+
+            queries = names[: 1 + has_probe]
+            rows = [[shares(name, kv * group + i) for name in queries] for i in range(group)]
+            of_key = shares("key", kv)
+            of_value = load(buffers["in"].at[:, pl.ds(starts["value"] + kv * head_dim, head_dim)], _in_pairs(head_dim))
+            gains = {name: [load(g.gains[name].at[i], layout.reduce(0)) for i in halves] for name in g.gains if name in starts}
+            factors = {
+                name: [[load(ref.at[j, i], layout.reduce(0)) for j in range(2)] for i in halves]
+                for name, ref in g.rotations.items()
+            }
+
+            def turned(name, both):
+                """A row of the first product in halves, normed, rotated and rounded."""
+                both = [rounded(jnp.sum(x, axis=0)) for x in both]
+                if name in gains:
+                    inverse = lax.rsqrt(sum(jnp.sum(x * x) for x in both) / head_dim + head_epsilon)
+                    both = [x * inverse * gain for x, gain in zip(both, gains[name], strict=True)]
+                if name in factors:
+                    turns = zip(both, both[::-1], factors[name], strict=True)
+                    both = [x * own + y * other for x, y, (own, other) in turns]
+                return [rounded(x) for x in both]
+
+            key, value = turned("key", of_key), rounded(jnp.sum(of_value, axis=0))
             for i in range(group):
                 dots = []
-                for j, name in enumerate(names[: 1 + has_probe]):
-                    both = head(name, kv * group + i)
+                for j, name in enumerate(queries):
+                    both = turned(name, rows[i][j])
                     for columns, x in zip(halves, both, strict=True):
                         s.rows[j, 0, i, columns] = x.astype(dtype)
                     dots.append(sum(jnp.sum(x * y) for x, y in zip(both, key, strict=True)))
@@ -346,20 +362,15 @@ def layer(
                     m, d1 = jnp.where(is_new, c * dots[0], -jnp.inf), jnp.where(is_new, 1.0, 0.0)
                     for n, x in enumerate((m, d1, *dots[1:])):
                         stats[splits, i, n] = x
-
-            @pl.when(own == 0)
-            def _store():
-                value = rounded(added_up(buffers["in"], of_value, _in_pairs(head_dim)))
-                for i in range(group):
                     sums[splits, i, 0] = value
                     if has_probe:
                         sums[splits, i, 1] = value * 0.0
 
-                @pl.when(is_new & (length < capacity))
-                def _to_cache():
-                    for columns, x in zip(halves, key, strict=True):
-                        key_ref[0, length, kv, columns] = x.astype(dtype)
-                    value_ref[0, length, kv] = value.astype(dtype)
+            @pl.when((own == 0) & is_new & (length < capacity))
+            def _to_cache():
+                for columns, x in zip(halves, key, strict=True):
+                    key_ref[0, length, kv, columns] = x.astype(dtype)
+                value_ref[0, length, kv] = value.astype(dtype)
 
             plgpu.commit_smem()
             both = registers.gather(s.rows.at[0], s.rows.at[1 if has_probe else 0], group, interpret)
@@ -395,15 +406,14 @@ def layer(
             multiply("out", *((merged(i), -i * head_dim, layout.reduce(0)) for i in range(group)))
 
         def gate():
-            x = stream("out")
+            gain, x, plan = gain_of("mlp"), stream("out"), plans["gate"]
+            first = lax.rem(program, plan.shares) * plan.share
+            multiply("gate", (normed(x, gain), first, _across(width).reduce(0)))
 
             @pl.when(program == 0)
             def _store():
                 buffers["x"][0] = x.astype(dtype)
 
-            plan = plans["gate"]
-            first = lax.rem(program, plan.shares) * plan.share
-            multiply("gate", (normed(x, g.gains["mlp"]), first, _across(width).reduce(0)))
 
         def down():
             plan = plans["down"]
@@ -423,12 +433,12 @@ def layer(
                 run[stage]()
 
     shapes = (TILE[0], TILE[1]), (block, head_dim)
-    weight_tiles, head_tiles = (common.swizzled(*shape, STAGES, dtype=dtype) for shape in shapes)
+    weight_tiles, head_tiles = (common.swizzled(*shape, SLOTS, dtype=dtype) for shape in shapes)
     scratch = dict(
         row=plgpu.SMEM((registers.ROWS, max(plan.share for plan in plans.values())), dtype, transforms=common.swizzle(64)),
         rows=plgpu.SMEM((2, 1, group, head_dim), dtype),
-        ready=plgpu.Barrier(num_barriers=STAGES),
-        free=plgpu.Barrier(num_barriers=STAGES),
+        ready=plgpu.Barrier(num_barriers=SLOTS),
+        free=plgpu.Barrier(num_barriers=SLOTS),
     )
     scratch |= dict(weights=weight_tiles, heads=head_tiles) if interpret else dict(ring=plgpu.RefUnion(weight_tiles, head_tiles))
     refs = [jax.new_ref(x) for x in (key, value, counters)]
