@@ -26,7 +26,7 @@ from pallas_kernels.mosaic_gpu import common, decode, registers
 PROGRAMS = 128  # a power of two; each has a core
 TILE = 128, 64  # rows and columns of weights
 SLOTS = 12  # of the ring
-UNDER_WAY = 4  # tiles of a program: with more, those that one program needs later come before those others need now
+UNDER_WAY = 2  # tiles of a program: with more, all else that asks the memory for something waits behind them
 
 
 class Product(NamedTuple):
@@ -425,11 +425,15 @@ def layer(
         @pl.when(thread == 0)
         def _compute():
             run = {"in": inputs, "attention": attention, "out": out, "gate": gate, "down": down}
+            counters = {"all": counters_ref.at[0, 0], "head": counters_ref.at[1 + kv, 0]}
+            numbers = {"all": programs, "head": splits}
+            # As this program has added nothing yet, this rounds up to what they will be after one meeting.
+            counts = {} if interpret else {name: (x[...] | (numbers[name] - 1)) + 1 for name, x in counters.items()}
             for i, stage in enumerate(stages):
                 if i > 0:
-                    of_head = stage == "out"  # who needs a head's states has made one of them
-                    counter = counters_ref.at[1 + kv if of_head else 0, 0]
-                    registers.meet(counter, splits if of_head else programs)
+                    who = "head" if stage == "out" else "all"  # who needs a head's states has made one of them
+                    registers.meet(counters[who], counts[who])
+                    counts[who] += numbers[who]
                 run[stage]()
 
     shapes = (TILE[0], TILE[1]), (block, head_dim)

@@ -29,6 +29,7 @@ HALF = plgpu.Layout.TILED(  # the queries' rows of a tile, or the probes'
     fragmented_array.Tiling(((32, 8), (8, 8), (2,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
 )
 HALF_ROWS = HALF.reduce(1)  # one number for each of these rows
+PREFETCH_BYTES, PREFETCH_PAUSE = 4096, 200  # of a program at a time, and nanoseconds between
 _HALVES = 4  # axis of a tile's registers that tells the halves apart
 
 
@@ -401,52 +402,60 @@ def store_column(ref, x: jax.Array, interpret: bool) -> None:
     store(ref, x)
 
 
-def meet(counter_ref, number: int) -> None:
-    """Waits until `number` programs have called this, which then see what each wrote to global memory before.
+def meet(counter_ref, count: jax.Array) -> None:
+    """Waits until a counter has grown to `count`; whoever adds to it here sees what the others wrote before they did.
 
-    All must run at once. Called by one warpgroup of each.
+    All programs must run at once. Called by one warpgroup of each.
 
     Args:
-      counter_ref: int32 scalar in global memory, a multiple of `number`; it grows by `number`.
-      number: a power of two.
+      counter_ref: int32 scalar in global memory, which grows by 1 for each call.
+      count: after the calls of all.
     """
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
-    def wait(_, counter):
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT(())))
+    def wait(_, counter, count):
         mgpu.utils.warpgroup_barrier()
-        is_first = arith.cmpi(arith.CmpIPredicate.eq, arith.remui(mgpu.utils.thread_idx(), _i32(128)), _i32(0))
-        ptx = f"""{{
+        thread = arith.remui(mgpu.utils.thread_idx(), _i32(128))
+        is_zero = lambda x: arith.cmpi(arith.CmpIPredicate.eq, x, _i32(0))
+        at = _global_address(counter)
+        ptx = functools.partial(mgpu.utils.inline_ptx, has_side_effects=True)
+        ptx("red.release.gpu.global.add.u32 [$0], 1;", at, predicate=is_zero(thread))
+        again = """{
             .reg .pred more;
-            .reg .b32 now, last;
-            atom.add.acq_rel.gpu.global.u32 last, [$0], 1;
-            or.b32 last, last, {number - 1};
+            .reg .b32 now;
             again:
             ld.acquire.gpu.global.u32 now, [$0];
-            sub.s32 now, now, last;
-            setp.le.s32 more, now, 0;
+            sub.s32 now, now, $1;
+            setp.lt.s32 more, now, 0;
             @more bra again;
-        }}"""
-        with mgpu.utils.when(is_first):
-            mgpu.utils.inline_ptx(ptx, _global_address(counter), has_side_effects=True)
-        mgpu.utils.warpgroup_barrier()
+        }"""
+        with mgpu.utils.when(is_zero(arith.remui(thread, _i32(32)))):  # every warp asks for itself: so they ask often
+            ptx(again, at, _scalar(count))
+        mgpu.utils.warp_barrier()
         return ()
 
-    wait(counter_ref)
+    wait(counter_ref, count)
 
 
 def bring_to_cache(refs, share: jax.Array, num_shares: int) -> None:
-    """Asks for one of `num_shares` equal parts of each array to be brought from memory into the second-level cache."""
+    """Asks for one of `num_shares` equal parts of each array to be brought from memory into the second-level cache.
+
+    Bit by bit, below the speed of the memory: whatever else asks for something meanwhile would wait behind it.
+    """
 
     @plgpu.inline_mgpu(arg_types=([plgpu.RefType()] * len(refs), plgpu.Layout.WG_SPLAT(())))
     def prefetch(_, refs, share):
         is_first = arith.cmpi(arith.CmpIPredicate.eq, arith.remui(mgpu.utils.thread_idx(), _i32(128)), _i32(0))
         i64 = ir.IntegerType.get_signless(64)
+        ptx = functools.partial(mgpu.utils.inline_ptx, has_side_effects=True)
         for ref in refs:
             kind = ir.MemRefType(ref.type)
-            size = np.prod(kind.shape) * mgpu.utils.bytewidth(kind.element_type) // num_shares // 16 * 16
-            at = arith.addi(_global_address(ref), arith.muli(arith.extui(i64, _scalar(share)), mgpu.c(int(size), i64)))
-            ptx = "cp.async.bulk.prefetch.L2.global [$0], $1;"
-            mgpu.utils.inline_ptx(ptx, at, _i32(int(size)), predicate=is_first, has_side_effects=True)
+            size = int(np.prod(kind.shape)) * mgpu.utils.bytewidth(kind.element_type) // num_shares // 16 * 16
+            at = arith.addi(_global_address(ref), arith.muli(arith.extui(i64, _scalar(share)), mgpu.c(size, i64)))
+            for start in range(0, size, PREFETCH_BYTES):
+                part = _i32(min(PREFETCH_BYTES, size - start))
+                ptx(f"cp.async.bulk.prefetch.L2.global [$0+{start}], $1;", at, part, predicate=is_first)
+                ptx(f"nanosleep.u32 {PREFETCH_PAUSE};")
         return ()
 
     prefetch(list(refs), share)
