@@ -26,7 +26,7 @@ from pallas_kernels.mosaic_gpu import common, decode, registers
 PROGRAMS = 128  # a power of two; each has a core
 TILE = 128, 64  # rows and columns of weights
 SLOTS = 12  # of the ring
-UNDER_WAY = 2  # tiles of a program: with more, all else that asks the memory for something waits behind them
+AT_FIRST, UNDER_WAY = 6, 2  # tiles of a program on their way: with more, all that the memory is asked for waits
 
 
 class Product(NamedTuple):
@@ -249,15 +249,25 @@ def layer(
 
         @pl.when(thread == 1)
         def _copy():
-            def one(step, _):
-                pl.when(step >= UNDER_WAY)(lambda: plgpu.barrier_wait(s.ready.at[slot(step - UNDER_WAY)]))
+            def one(step, landed):
+                """`landed` steps have been waited for."""
+                due = jnp.where(step < AT_FIRST, 0, step - UNDER_WAY + 1)
+                lax.fori_loop(landed, due, lambda i, _: plgpu.barrier_wait(s.ready.at[slot(i)]), None)
                 pl.when(step >= SLOTS)(lambda: plgpu.barrier_wait(s.free.at[slot(step)]))
                 copy(step)
+                return jnp.maximum(landed, due)
 
-            lax.fori_loop(0, total, one, None)
-            if g.following:
+            def drain(first, last):
+                lax.fori_loop(first, last, lambda i, _: plgpu.barrier_wait(s.free.at[slot(i)]), None)
+
+            lax.fori_loop(0, total, one, jnp.int32(0))
+            seen = jnp.maximum(total - SLOTS, 0)
+            if g.following:  # not before the memory has nothing else to do
+                late = total - plans["gate"].num_tiles - plans["down"].num_tiles
+                drain(seen, late)
+                seen = jnp.maximum(seen, late)
                 registers.bring_to_cache(g.following, program, programs)
-            common.drain(s.free, total, SLOTS)
+            drain(seen, total)
 
         def load(ref, layout):
             x = ref[...] if interpret else plgpu.load(ref, layout=layout, optimized=False)
