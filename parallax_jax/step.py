@@ -133,7 +133,6 @@ def _one_kernel(config, ring, params, following, x, rotation, mask, cache):
         cache["counters"]["layer"],
         jnp.concatenate([mask.offset, mask.lengths]),
         rotations,
-        following,
         epsilon=config.norm_eps,
         head_epsilon=config.norm_eps if config.qk_norm_eps is None else config.qk_norm_eps,
     )
