@@ -1,10 +1,10 @@
 """A block of the model for one new token of one sequence, in one kernel for Hopper.
 
-Time is the reading of weights, keys and values. A warpgroup of each program does nothing but copy the tiles of all five
-stages into a ring of slots, as far ahead as there is room, whatever the other one waits for. That other one computes
-stage after stage; between them the programs meet at a barrier in global memory, so all of them must run at once.
+Time is the reading of weights, keys and values. One warpgroup of a program does nothing but copy the tiles that its
+five stages read into a ring of slots, as far ahead as there is room, whatever the other one waits for. That one
+computes stage after stage; in between, programs meet at a counter in global memory, so all of them must run at once.
 
-A product is cut into tiles of 128 rows and 64 columns. Programs take several columns of a share of the rows; whoever
+A product is cut into tiles of 128 rows and 64 columns. A program takes some columns of a share of the rows, and whoever
 needs the product adds up the shares.
 """
 
@@ -20,13 +20,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import tiles
+from pallas_kernels import device, tiles
 from pallas_kernels.mosaic_gpu import common, decode, registers
 
-PROGRAMS = 128  # a power of two; each has a core
+PROGRAMS = 128  # a power of two, and as many cores
 TILE = 128, 64  # rows and columns of weights
 SLOTS = 12  # of the ring
-AT_FIRST, UNDER_WAY = 6, 2  # tiles of a program on their way: with more, all that the memory is asked for waits
+MAX_WIDTH, MAX_SHARE = 2048, 1024  # what registers hold of the stream, shared memory of a product's inputs
+# Tiles of a program on their way, before and after the first so many: with more, a meeting waits for the memory, too.
+AT_FIRST, UNDER_WAY = 6, 2
 
 
 class Product(NamedTuple):
@@ -48,9 +50,9 @@ class Product(NamedTuple):
     def of(cls, weights: Sequence[jax.Array], programs: int, shares: int | None = None) -> "Product":
         """The one with the fewest tiles for a program."""
         depth, widths = weights[0].shape[0], tuple(w.shape[1] for w in weights)
-        allowed = [n for n in (1 << i for i in range(programs.bit_length())) if depth % (n * TILE[0]) == 0]
-        plans = [cls(depth, widths, n, programs) for n in ([shares] if shares else allowed)]
-        return min(plans, key=lambda plan: (plan.num_tiles, plan.shares))
+        numbers = [shares] if shares else [1 << i for i in range(programs.bit_length())]
+        plans = [cls(depth, widths, n, programs) for n in numbers if depth % (n * TILE[0]) == 0]
+        return min(plans, key=lambda plan: (plan.share > MAX_SHARE, plan.num_tiles, plan.shares))
 
     @property
     def share(self) -> int:
@@ -116,13 +118,13 @@ def _in_pairs(size: int) -> plgpu.Layout:
 
 
 def unsupported(x, weights, key, programs: int = PROGRAMS) -> str | None:
-    """Why `layer` cannot run a block, or None; the arguments are those of `layer`."""
+    """Why `layer` cannot run a block, or None; the arguments are those of `layer`, arrays or their shapes."""
     batch, capacity, kv_heads, head_dim = key.shape
     group = weights["out"][0].shape[0] // head_dim // kv_heads
     if x.dtype not in (jnp.bfloat16, jnp.float16):
         return f"x: needs bfloat16 or float16, got {x.dtype}"
-    if len(x) != 1 or batch != 1:
-        return f"x: needs one sequence, got {len(x)}"
+    if x.shape[0] != 1 or batch != 1:
+        return f"x: needs one sequence, got {x.shape[0]}"
     if head_dim not in common.WIDTHS or group > registers.ROWS or programs % kv_heads:
         return f"key: needs heads {common.WIDTHS} wide, got {head_dim}, at most {registers.ROWS} queries for each"
     if capacity % 8:
@@ -130,9 +132,11 @@ def unsupported(x, weights, key, programs: int = PROGRAMS) -> str | None:
     matrices = [w for several in weights.values() for w in several]
     if any(w.dtype != x.dtype or w.shape[0] % TILE[0] or w.shape[1] % TILE[1] for w in matrices):
         return f"weights: need {x.dtype} and multiples of {TILE} rows and columns"
+    if x.shape[1] > MAX_WIDTH:
+        return f"x: needs a width of at most {MAX_WIDTH}, got {x.shape[1]}"
     if group * head_dim % TILE[0]:
         return f"weights: need {TILE[0]} rows of the output projection for a kv head, got {group * head_dim}"
-    return common.unsupported_device()
+    return common.unsupported_device() or device.too_few_cores()
 
 
 def layer(
@@ -145,7 +149,6 @@ def layer(
     counters: jax.Array,
     lengths: jax.Array,
     rotations: dict[str, jax.Array | None],
-    following: Sequence[jax.Array] = (),
     *,
     epsilon: float,
     head_epsilon: float,
@@ -164,13 +167,12 @@ def layer(
       counters: int32 (1 + K, 32), each number in column 0 a multiple of `programs`, such as 0.
       lengths: int32 (2,), of the sequence without and with the new token; where they are the same there is none.
       rotations: for "query", "probe" and "key" None or float32 (2, H), the factors of a dimension and of its partner.
-      following: what is read after this block.
       epsilon: of the stream's norms.
       head_epsilon: of the heads' norms.
       programs: a power of two, of which K is a divisor. All must run at once.
 
     Returns:
-      x and parts for the next block, key, value and counters. A token without a place in the cache is written nowhere.
+      x and parts for the next block, key, value and counters. A token without a place in the cache is left out.
     """
     interpret = common.is_interpreted()
     dtype, width = x.dtype, x.shape[1]
@@ -199,7 +201,6 @@ def layer(
         "gains": {name: gain for name, gain in norms._asdict().items() if gain is not None},
         "rotations": {name: factors for name, factors in rotations.items() if factors is not None},
         "lengths": lengths,
-        "following": () if interpret else tuple(following),
     }
 
     def kernel(stages, tree, outputs, key_ref, value_ref, counters_ref, *refs, **scratch):
@@ -209,7 +210,8 @@ def layer(
         weight_tiles, head_tiles = (s.weights, s.heads) if interpret else s.ring
         program, thread = lax.axis_index("program"), lax.axis_index("thread")
         kv, own = lax.rem(program, kv_heads), lax.div(program, kv_heads)
-        length, is_new = g.lengths[0], g.lengths[1] > g.lengths[0]
+        length = g.lengths[0]
+        is_new = (g.lengths[1] > length) & (length < capacity)
         num_old = jnp.minimum(length, capacity)
         count = jnp.maximum(1, lax.div(pl.cdiv(num_old, block) - own - 1, splits) + 1)
         firsts, total = {}, jnp.int32(0)
@@ -249,25 +251,19 @@ def layer(
 
         @pl.when(thread == 1)
         def _copy():
-            def one(step, landed):
-                """`landed` steps have been waited for."""
-                due = jnp.where(step < AT_FIRST, 0, step - UNDER_WAY + 1)
+            def see(landed, due):
+                """Waits for the tiles of steps [landed, due)."""
                 lax.fori_loop(landed, due, lambda i, _: plgpu.barrier_wait(s.ready.at[slot(i)]), None)
-                pl.when(step >= SLOTS)(lambda: plgpu.barrier_wait(s.free.at[slot(step)]))
-                copy(step)
                 return jnp.maximum(landed, due)
 
-            def drain(first, last):
-                lax.fori_loop(first, last, lambda i, _: plgpu.barrier_wait(s.free.at[slot(i)]), None)
+            def one(step, landed):
+                landed = see(landed, jnp.where(step < AT_FIRST, 0, step - UNDER_WAY + 1))
+                pl.when(step >= SLOTS)(lambda: plgpu.barrier_wait(s.free.at[slot(step)]))
+                copy(step)
+                return landed
 
-            lax.fori_loop(0, total, one, jnp.int32(0))
-            seen = jnp.maximum(total - SLOTS, 0)
-            if g.following:  # not before the memory has nothing else to do
-                late = total - plans["gate"].num_tiles - plans["down"].num_tiles
-                drain(seen, late)
-                seen = jnp.maximum(seen, late)
-                registers.bring_to_cache(g.following, program, programs)
-            drain(seen, total)
+            see(lax.fori_loop(0, total, one, jnp.int32(0)), total)
+            common.drain(s.free, total, SLOTS)
 
         def load(ref, layout):
             x = ref[...] if interpret else plgpu.load(ref, layout=layout, optimized=False)
@@ -341,7 +337,11 @@ def layer(
             rows = [[shares(name, kv * group + i) for name in queries] for i in range(group)]
             of_key = shares("key", kv)
             of_value = load(buffers["in"].at[:, pl.ds(starts["value"] + kv * head_dim, head_dim)], _in_pairs(head_dim))
-            gains = {name: [load(g.gains[name].at[i], layout.reduce(0)) for i in halves] for name in g.gains if name in starts}
+            gains = {
+                name: [load(g.gains[name].at[i], layout.reduce(0)) for i in halves]
+                for name in g.gains
+                if name in starts
+            }
             factors = {
                 name: [[load(ref.at[j, i], layout.reduce(0)) for j in range(2)] for i in halves]
                 for name, ref in g.rotations.items()
@@ -376,7 +376,7 @@ def layer(
                     if has_probe:
                         sums[splits, i, 1] = value * 0.0
 
-            @pl.when((own == 0) & is_new & (length < capacity))
+            @pl.when((own == 0) & is_new)
             def _to_cache():
                 for columns, x in zip(halves, key, strict=True):
                     key_ref[0, length, kv, columns] = x.astype(dtype)
@@ -384,7 +384,7 @@ def layer(
 
             plgpu.commit_smem()
             both = registers.gather(s.rows.at[0], s.rows.at[1 if has_probe else 0], group, interpret)
-            at = lambda name, i: slot(firsts["attention"] + 2 * i + (name == "v"))
+            at = lambda name, i: slot(firsts["attention"] + 2 * i + int(name == "v"))
 
             def wait_for(name, i):
                 plgpu.barrier_wait(s.ready.at[at(name, i)])
@@ -409,9 +409,9 @@ def layer(
             stats, sums = (buffers[name].at[kv] for name in ("stats", "sums"))
 
             def merged(i):
-                m, d1, t_mean = (load(stats.at[:, i, n], layout.reduce(1)) for n in range(3))
+                m, d1, *t_mean = (load(stats.at[:, i, n], layout.reduce(1)) for n in range(2 + has_probe))
                 o1, *o2 = (load(sums.at[:, i, n], layout) for n in range(1 + has_probe))
-                return tiles.merged_output(tiles.State(m, d1, t_mean, o1, *o2) if has_probe else tiles.State(m, d1, None, o1, None))
+                return tiles.merged_output(tiles.State(m, d1, *(t_mean or [None]), o1, *(o2 or [None])))
 
             multiply("out", *((merged(i), -i * head_dim, layout.reduce(0)) for i in range(group)))
 
@@ -423,7 +423,6 @@ def layer(
             @pl.when(program == 0)
             def _store():
                 buffers["x"][0] = x.astype(dtype)
-
 
         def down():
             plan = plans["down"]
@@ -446,15 +445,16 @@ def layer(
                     counts[who] += numbers[who]
                 run[stage]()
 
-    shapes = (TILE[0], TILE[1]), (block, head_dim)
-    weight_tiles, head_tiles = (common.swizzled(*shape, SLOTS, dtype=dtype) for shape in shapes)
+    slots = {"weights": TILE, "heads": (block, head_dim)}
+    slots = {name: common.swizzled(*shape, SLOTS, dtype=dtype) for name, shape in slots.items()}
+    longest = max(plan.share for plan in plans.values())
     scratch = dict(
-        row=plgpu.SMEM((registers.ROWS, max(plan.share for plan in plans.values())), dtype, transforms=common.swizzle(64)),
+        row=plgpu.SMEM((registers.ROWS, longest), dtype, transforms=common.swizzle(TILE[1])),
         rows=plgpu.SMEM((2, 1, group, head_dim), dtype),
         ready=plgpu.Barrier(num_barriers=SLOTS),
         free=plgpu.Barrier(num_barriers=SLOTS),
     )
-    scratch |= dict(weights=weight_tiles, heads=head_tiles) if interpret else dict(ring=plgpu.RefUnion(weight_tiles, head_tiles))
+    scratch |= slots if interpret else dict(ring=plgpu.RefUnion(*slots.values()))
     refs = [jax.new_ref(x) for x in (key, value, counters)]
 
     def run(stages, before):

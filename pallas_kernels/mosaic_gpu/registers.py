@@ -1,10 +1,10 @@
-"""What Hopper's decode does below Pallas, register by register: halves of a tile, and a cluster's exchange of states.
+"""What Hopper's decode does below Pallas, register by register: halves of a tile, and how programs exchange states.
 
 A tile of matrix instructions has 64 rows, 16 to a warp. Here rows 0 to 7 of 16 are query rows of one kv head, rows 8 to
 15 their probes, the same in all four warps. A thread holds rows i and i + 8 in registers of their own, so that taking a
 tile apart moves nothing.
 
-Every function has a plain version for Pallas' interpreter, but for those of a cluster.
+Every function has a plain version for Pallas' interpreter, but for those in which programs meet.
 """
 
 import functools
@@ -29,7 +29,6 @@ HALF = plgpu.Layout.TILED(  # the queries' rows of a tile, or the probes'
     fragmented_array.Tiling(((32, 8), (8, 8), (2,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
 )
 HALF_ROWS = HALF.reduce(1)  # one number for each of these rows
-PREFETCH_BYTES, PREFETCH_PAUSE = 4096, 200  # of a program at a time, and nanoseconds between
 _HALVES = 4  # axis of a tile's registers that tells the halves apart
 
 
@@ -435,27 +434,3 @@ def meet(counter_ref, count: jax.Array) -> None:
         return ()
 
     wait(counter_ref, count)
-
-
-def bring_to_cache(refs, share: jax.Array, num_shares: int) -> None:
-    """Asks for one of `num_shares` equal parts of each array to be brought from memory into the second-level cache.
-
-    Bit by bit, below the speed of the memory: whatever else asks for something meanwhile would wait behind it.
-    """
-
-    @plgpu.inline_mgpu(arg_types=([plgpu.RefType()] * len(refs), plgpu.Layout.WG_SPLAT(())))
-    def prefetch(_, refs, share):
-        is_first = arith.cmpi(arith.CmpIPredicate.eq, arith.remui(mgpu.utils.thread_idx(), _i32(128)), _i32(0))
-        i64 = ir.IntegerType.get_signless(64)
-        ptx = functools.partial(mgpu.utils.inline_ptx, has_side_effects=True)
-        for ref in refs:
-            kind = ir.MemRefType(ref.type)
-            size = int(np.prod(kind.shape)) * mgpu.utils.bytewidth(kind.element_type) // num_shares // 16 * 16
-            at = arith.addi(_global_address(ref), arith.muli(arith.extui(i64, _scalar(share)), mgpu.c(size, i64)))
-            for start in range(0, size, PREFETCH_BYTES):
-                part = _i32(min(PREFETCH_BYTES, size - start))
-                ptx(f"cp.async.bulk.prefetch.L2.global [$0+{start}], $1;", at, part, predicate=is_first)
-                ptx(f"nanosleep.u32 {PREFETCH_PAUSE};")
-        return ()
-
-    prefetch(list(refs), share)
