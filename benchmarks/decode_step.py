@@ -25,6 +25,7 @@ import numpy as np
 
 from benchmarks.decode import read_bandwidth
 from pallas_kernels.block_sizes import TritonDecodeBlockSizes
+from pallas_kernels.mosaic_gpu import layer
 from pallas_kernels.triton import projection
 from parallax_jax import step
 from parallax_jax.cache import KVCache, init_cache
@@ -91,12 +92,16 @@ class Variant:
     """What differs from a step as it is by default.
 
     Attributes:
+      implementation: of the model; "triton" takes five kernels a block.
+      layer: constants of the one kernel, `pallas_kernels.mosaic_gpu.layer`.
       ahead: what kernels read ahead, where it is not `step.AHEAD`.
       launches: fields of the launches of a block's products, by their names in `step.AHEAD`.
       attention: fields of the launch of `append`.
       options: of XLA.
     """
 
+    implementation: str | None = None
+    layer: dict[str, int] = dataclasses.field(default_factory=dict)
     ahead: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     launches: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
     attention: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -116,8 +121,10 @@ class Variant:
             mock.patch.object(projection, "_launch", launch),
             mock.patch.object(TritonDecodeBlockSizes, "heuristic", heuristic),
             mock.patch.object(step, "AHEAD", step.AHEAD | self.ahead),
+            mock.patch.dict(vars(layer), self.layer),
         ):
             jax.clear_caches()
+            config = dataclasses.replace(config, implementation=self.implementation)
             return decode_steps.lower(config, Sampling(temperature=0), tokens, *arguments)
 
 
@@ -235,12 +242,16 @@ def bench(config: ModelConfig, batch: int, context: int, bandwidth: float, token
     }
 
 
+FIVE = functools.partial(Variant, "triton")
 VARIANTS = {
     "default": Variant(),
-    "no_pdl": Variant(options={"xla_gpu_enable_pdl": False}),
-    "nothing_ahead": Variant(ahead=dict.fromkeys(step.AHEAD, ())),
-    "in_vector_8": Variant(launches={"in": {"vector": 8}}),
-    "splits_8": Variant(attention={"num_splits": 8, "num_stages": 5}),
+    "three_under_way": Variant(layer={"UNDER_WAY": 3}),
+    "six_slots": Variant(layer={"SLOTS": 6}),
+    "five": FIVE(),
+    "five_no_pdl": FIVE(options={"xla_gpu_enable_pdl": False}),
+    "five_nothing_ahead": FIVE(ahead=dict.fromkeys(step.AHEAD, ())),
+    "five_in_vector_8": FIVE(launches={"in": {"vector": 8}}),
+    "five_splits_8": FIVE(attention={"num_splits": 8, "num_stages": 5}),
 }
 
 

@@ -5,7 +5,8 @@ from collections.abc import Callable
 import jax
 
 HOPPER = "H100", "H200", "H800", "H20"  # in the names of devices; that of a GH200 holds one of them, too
-HOPPER_CORES = 132  # of an H100 SXM or H200
+HOPPER_CORES = 132  # of an H100 SXM or NVL, an H200 and a GH200
+_ALL_CORES = "H100 80GB HBM3", "H100 NVL", "H200"  # in their names: an H100 PCIe has 114, an H20 78
 BLACKWELL = "B200", "B300"
 
 
@@ -22,6 +23,14 @@ def target() -> tuple[str, str]:
     if isinstance(device, str):
         device = jax.devices(device)[0]
     return device.platform, device.device_kind
+
+
+def too_few_cores() -> str | None:
+    """Why kernels whose programs wait for one another, each on a core, cannot run on the device, or None."""
+    platform, kind = target()
+    if platform == "cpu" or (any(name in kind for name in _ALL_CORES) and "MIG" not in kind):
+        return None
+    return f"implementation: needs a whole Hopper GPU of {HOPPER_CORES} cores, got {kind}"
 
 
 def run(kernel: Callable, *args):

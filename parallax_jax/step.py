@@ -1,8 +1,9 @@
-"""A step of generation on a GPU in five kernels a block, where the blocks themselves compile to twenty.
+"""A step of generation on a GPU in one kernel a block or in five, where the blocks themselves compile to twenty.
 
-A step for a few sequences is the reading of weights and cache, and every kernel's start and end is a pause in it. The
-model's blocks (`parallax_jax.model.Block`) say what is computed; `TransformerLM.hidden` calls `layers` instead where
-`runs` says so.
+A step for a few sequences is the reading of weights and cache, and every kernel's start and end is a pause in it. One
+sequence on a Hopper GPU takes `pallas_kernels.mosaic_gpu.layer` where that can, all else Triton's five. The model's
+blocks (`parallax_jax.model.Block`) say what is computed; `TransformerLM.hidden` calls `layers` instead where `runs`
+says so.
 """
 
 import functools
@@ -15,11 +16,12 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import device, triton_routes
 from pallas_kernels.blocks import Mask
+from pallas_kernels.mosaic_gpu import layer as one_kernel
 from parallax_jax.cache import KVCache
 from parallax_jax.layers import rotary_embedding
 
-# What each kernel of a block has read into the L2 cache for the kernels after it; "next" is for the next block.
-AHEAD = {"in": ("gains", "out"), "out": ("gate", "up"), "gate": ("down",), "down": ("next",)}
+# What each of five kernels has read into the L2 cache for the kernels after it; "next" is for the next block.
+AHEAD = {"in": ("gains", "out"), "out": ("gate",), "gate": ("down",), "down": ("next",)}
 _KERNELS = ("pallas_kernels.triton.projection", "pallas_kernels.triton.decode")
 
 
@@ -71,15 +73,21 @@ def layers(
     rotation = tuple(
         jnp.broadcast_to(factor.reshape(-1, config.head_dim), (batch, config.head_dim)) for factor in factors
     )
-    counters = jnp.zeros(batch * config.num_heads, jnp.int32)
+    counters = {
+        "append": jnp.zeros(batch * config.num_heads, jnp.int32),
+        "layer": jnp.zeros((1 + config.num_kv_heads, 32), jnp.int32),
+    }
     lengths = cache.grown(1, num_new)
     x, keys, values = triton_routes.load(_KERNELS[0]).Stream(x[:, 0]), [], []
     blocks = [nn.meta.unbox(params[f"layers_{i}"]) for i in range(config.num_layers)]
     for i, window in enumerate(config.windows):
         layer = {"key": cache.key[i], "value": cache.value[i], "page_table": cache.page_table, "counters": counters}
         mask = Mask(cache.lengths, lengths, window=None if cache.ring else window)
-        following = list(_first_weights(config, blocks[i + 1]).values()) if i + 1 < len(blocks) else []
-        x, key, value, counters = _block(config, cache.ring, blocks[i], following, x, rotation, mask, layer)
+        if _fits_one_kernel(config, cache, blocks[i], x.x, window):
+            x, key, value, counters = _one_kernel(config, blocks[i], x, rotation, mask, layer)
+        else:
+            following = list(_first_weights(config, blocks[i + 1]).values()) if i + 1 < len(blocks) else []
+            x, key, value, counters = _five_kernels(config, cache.ring, blocks[i], following, x, rotation, mask, layer)
         keys.append(key)
         values.append(value)
     return x.whole()[:, None], tuple(keys), tuple(values)
@@ -91,15 +99,60 @@ def _first_weights(config, params) -> dict[str, Float[Array, "D _"]]:
     return {name: params["attention"][name]["kernel"].reshape(config.width, -1) for name in names}
 
 
+def _fits_one_kernel(config, cache: KVCache, params, x, window: int | None) -> bool:
+    """Whether Hopper's kernel takes a block: unless another is named, full attention over a contiguous cache."""
+    if config.implementation is not None or cache.ring or cache.page_table is not None or window is not None:
+        return False
+    return one_kernel.unsupported(x, _weights(config, params), cache.key[0]) is None
+
+
+def _weights(config, params) -> dict[str, list[Array]]:
+    """A block's weights, product by product."""
+    attention, mlp = params["attention"], params["mlp"]
+    return {
+        "in": list(_first_weights(config, params).values()),
+        "out": [attention["out"]["kernel"].reshape(-1, config.width)],
+        "gate": [mlp["gate"]["kernel"], mlp["up"]["kernel"]],
+        "down": [mlp["down"]["kernel"]],
+    }
+
+
+def _head_norms(params) -> list[Array | None]:
+    """Gains of a block's norms of query, probe and key; None where there is no norm."""
+    return [params["attention"].get(f"{name}_norm", {}).get("scale") for name in ("query", "probe", "key")]
+
+
+def _head_epsilon(config) -> float:
+    return config.norm_eps if config.qk_norm_eps is None else config.qk_norm_eps
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _one_kernel(config, params, x, rotation, mask, cache):
+    """`parallax_jax.model.Block` of one sequence; under jit, so that the layers of a model are traced once."""
+    factors = jnp.concatenate(rotation)
+    x, parts, key, value, counters = one_kernel.layer(
+        x.x,
+        x.parts,
+        _weights(config, params),
+        one_kernel.Norms(params["attention_norm"]["scale"], params["mlp_norm"]["scale"], *_head_norms(params)),
+        cache["key"],
+        cache["value"],
+        cache["counters"]["layer"],
+        jnp.concatenate([mask.offset, mask.lengths]),
+        {"query": factors, "probe": factors if config.probe_rope else None, "key": factors},
+        epsilon=config.norm_eps,
+        head_epsilon=_head_epsilon(config),
+    )
+    stream = triton_routes.load(_KERNELS[0]).Stream(x, parts)
+    return stream, key, value, cache["counters"] | {"layer": counters}
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _block(config, ring, params, following, x, rotation, mask, cache):
-    """`parallax_jax.model.Block`; under jit, so that the layers of a model are traced once."""
+def _five_kernels(config, ring, params, following, x, rotation, mask, cache):
+    """`parallax_jax.model.Block`; under jit, as above."""
     projection, decode = (triton_routes.load(name) for name in _KERNELS)
-    attention, mlp, first = params["attention"], params["mlp"], _first_weights(config, params)
-    gains = {name: attention[f"{name}_norm"]["scale"] for name in first if f"{name}_norm" in attention}
-    weights = {name: [mlp[name]["kernel"]] for name in ("gate", "up", "down")}
-    weights["out"] = [attention["out"]["kernel"].reshape(-1, config.width)]
-    later = weights | {"gains": gains.values(), "next": following}
+    first, weights, gains = _first_weights(config, params), _weights(config, params), _head_norms(params)
+    later = weights | {"gains": [gain for gain in gains if gain is not None], "next": following}
     ahead = {name: [array for what in names for array in later[what]] for name, names in AHEAD.items()}
     project = functools.partial(projection.project, epsilon=config.norm_eps)
     *products, x = project(x, list(first.values()), gain=params["attention_norm"]["scale"], ahead=ahead["in"])
@@ -107,9 +160,9 @@ def _block(config, ring, params, following, x, rotation, mask, cache):
     fresh = decode.Fresh(
         heads["key"],
         heads["value"],
-        tuple(map(gains.get, ("query", "probe", "key"))),
+        tuple(gains),
         (rotation, rotation if config.probe_rope else None, rotation),
-        config.norm_eps if config.qk_norm_eps is None else config.qk_norm_eps,
+        _head_epsilon(config),
         ring,
     )
     out, key, value, counters = decode.append(
@@ -117,14 +170,14 @@ def _block(config, ring, params, following, x, rotation, mask, cache):
         heads.get("probe"),
         cache["key"],
         cache["value"],
-        cache["counters"],
+        cache["counters"]["append"],
         mask,
         cache["page_table"],
         fresh,
         scale=config.head_dim**-0.5,
     )
     (x,) = project(projection.Stream(out.reshape(len(out), -1)), weights["out"], residual=x.x, ahead=ahead["out"])
-    gain, gate_up = params["mlp_norm"]["scale"], weights["gate"] + weights["up"]
-    hidden, x = project(x, gate_up, gain=gain, gated=True, ahead=ahead["gate"])
+    gain = params["mlp_norm"]["scale"]
+    hidden, x = project(x, weights["gate"], gain=gain, gated=True, ahead=ahead["gate"])
     (x,) = project(projection.Stream(hidden), weights["down"], residual=x.x, ahead=ahead["down"])
-    return x, key, value, counters
+    return x, key, value, cache["counters"] | {"append": counters}

@@ -15,6 +15,7 @@ from parallax_jax import parallax_decode
 from parallax_jax.cache import init_cache
 from parallax_jax.model import TransformerLM
 from parallax_jax.sampling import Draws, Sampling, decode_steps
+from tests.mosaic_gpu_compile_test import SERIALISED
 from train.gpus import gpu_devices
 
 pytestmark = pytest.mark.compile
@@ -39,10 +40,8 @@ def test_kernels_fit(card, batch, new, page_size, head_dim, dtype):
         lowered.compile(compiler_options={"xla_gpu_fail_ptx_compilation_on_register_spilling": True})
 
 
-@pytest.mark.parametrize("batch", [1, 5, 64])
-def test_a_step_is_five_kernels_a_block(batch):
-    """Nothing between them, and the cache, which is donated and carried by a loop over tokens, is not copied."""
-    config = dataclasses.replace(PAPER, num_layers=2, vocab_size=512)
+def step_text(config, batch: int) -> str:
+    """A call of 16 steps, compiled for an H100 without spills."""
     mesh = jax.sharding.Mesh(gpu_devices(1), ("x",))
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
     init = lambda: nn.meta.unbox(TransformerLM(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
@@ -57,8 +56,22 @@ def test_a_step_is_five_kernels_a_block(batch):
         compiled = traced.lower(lowering_platforms=("cuda",)).compile(
             compiler_options={"xla_gpu_fail_ptx_compilation_on_register_spilling": True}
         )
-    text = compiled.as_text()
-    assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 5 * config.num_layers
+    return compiled.as_text()
+
+
+@pytest.mark.parametrize(("batch", "implementation"), [(1, None), (1, "triton"), (5, None), (64, None)])
+def test_a_step_is_kernels_alone(batch, implementation, capfd, monkeypatch):
+    """One a block or five, nothing between them, and the cache, which a loop over tokens carries, is not copied."""
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    config = dataclasses.replace(PAPER, num_layers=2, vocab_size=512, implementation=implementation)
+    text = step_text(config, batch)
+    in_one = batch == 1 and implementation is None
+    assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == (0 if in_one else 5 * config.num_layers)
+    assert text.count('custom_call_target="mosaic_gpu_v2"') == (config.num_layers if in_one else 0)
+    if in_one:
+        report = "".join(capfd.readouterr())
+        assert set(re.findall(r"(\d+) bytes spill", report)) == {"0"}
+        assert not SERIALISED.findall(report)
     assert f"bf16[{batch},4096,8,128]" in text
     copied = re.findall(r"= \(?(\S+?)\{?[\d,]*\}? copy(?:-start)?\(", text)
     assert set(copied) <= {"s32[]", f"s32[{batch}]", f"pred[{batch}]"}

@@ -18,11 +18,12 @@ from pallas_kernels.block_sizes import (
     TritonLangDecodeBlockSizes,
     triton_lang_block_sizes,
 )
+from pallas_kernels.mosaic_gpu import common
 from parallax_jax import compare, parallax_attention, parallax_decode, parallax_reference
 from parallax_jax.attention import BACKENDS
 from parallax_jax.model import TransformerLM
 from parallax_jax.workloads import BY_NAME, CONFORMANCE, Workload
-from tests import decode_conformance
+from tests import decode_conformance, mosaic_gpu_layer_test
 from tests.conformance import Conformance
 from tests.decode_conformance import HOPPER_CASES, DecodeConformance
 
@@ -243,12 +244,22 @@ def test_a_fused_step_is_as_exact_as_the_blocks(batch):
     assert errors["fused_error"] <= 1.2 * errors["blocks_error"], errors
 
 
-def test_whichever_program_merges_the_bits_are_the_same():
-    """Splits end in any order, and counters are left at zero for the next call."""
+@pytest.mark.parametrize("length", [0, 1, 64, 1000, 1023, 1024])
+def test_a_block_in_one_kernel(length):
+    """At the paper's width; of the 16 programs that share a head's keys some have none."""
+    if common.unsupported_device() or device.too_few_cores():
+        pytest.skip("not a device of this kernel")
+    config = dataclasses.replace(decode_step.PAPER, num_layers=2, vocab_size=512)
+    mosaic_gpu_layer_test.check(config, length, 1024)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_whichever_program_merges_the_bits_are_the_same(batch):
+    """Splits end in any order, programs meet in any order, and counters are left ready for the next call."""
     config = dataclasses.replace(decode_step.PAPER, num_layers=4, vocab_size=512)
-    params, cache = decode_step.random_parameters(config), decode_step.random_cache(config, 2, 2048, 2000)
+    params, cache = decode_step.random_parameters(config), decode_step.random_cache(config, batch, 2048, 2000)
     call = jax.jit(lambda token: TransformerLM(config).apply({"params": params}, token, cache=cache)[0])
-    tokens = jnp.asarray([[3], [5]], jnp.int32)
+    tokens = jnp.asarray([[3], [5]], jnp.int32)[:batch]
     outs = jnp.stack([call(tokens) for _ in range(300)])
     assert bool(jnp.isfinite(outs).all())
     assert bool((outs == outs[0]).all())

@@ -8,6 +8,8 @@ lies where it lies whatever the lengths are, it is on its way before they are kn
 
 import functools
 import types
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +57,89 @@ def _columns(width: int) -> plgpu.Layout:
     tiling = fragmented_array.Tiling(((width,), (width // 4,), (2,)))
     copies = fragmented_array.Replicated(32 // (width // 8))
     return plgpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=(copies, -2), vector_dim=-1)
+
+
+class Walk(NamedTuple):
+    """A warpgroup's way along its tiles of keys and values.
+
+    Attributes:
+      count: tiles, at least one.
+      wait_for: (name, i) -> tile i of "k" or "v" in shared memory, once it has landed.
+      done: (name, i) says that the tile has been used.
+      visible: (i, like) -> which rows see which keys of tile i, in the shape and layout of `like`.
+      num_keys: i -> from which row on nothing is known of tile i.
+    """
+
+    count: jax.Array | int
+    wait_for: Callable
+    done: Callable
+    visible: Callable
+    num_keys: Callable
+
+
+def attend(both, walk: Walk, o, s12, *, c, block, is_softmax, interpret) -> tiles.State:
+    """The state of rows of queries over some tiles of keys.
+
+    The loop is rotated as in the forward pass: the product with the values of tile i runs under the softmax of tile
+    i + 1.
+
+    Args:
+      both: queries and probes, as `registers.gather` gives them; the values' width is theirs.
+      walk: the tiles.
+      o: accumulator, zero, as wide as the values.
+      s12: accumulator, `block` wide.
+      c: factor on scores, in base 2.
+      block: keys of a tile.
+      is_softmax: whether probes are to be left out.
+      interpret: whether Pallas' interpreter runs.
+    """
+
+    def start_scores(i):
+        keys = walk.wait_for("k", i)
+        common.assign(s12, common.zeros(block), interpret)
+        common.add_product(s12, both, keys.transpose((1, 0)), interpret)
+
+    def weights(i, stats, pending=0):
+        """Statistics of the rows moved by tile i, the factor and the shift for their sums, and its weights."""
+        s1, t = registers.split(common.read(s12, pending=pending), interpret)
+        walk.done("k", i)
+        visible = walk.visible(i, s1)
+        m, d1, t_mean = stats
+        if is_softmax:
+            m, a, p = tiles.softmax_weights(m, s1, c, visible)
+            weights = registers.join(p, p, interpret).astype(both.dtype)
+            return (m, a * d1 + jnp.sum(p, axis=-1), t_mean), a, t_mean, weights
+        t = jnp.where(visible, t, 0.0)  # whatever lies there
+        stats, a, p, p2 = tiles.weigh_rows(m, d1, t_mean, s1, t, c, visible)
+        return stats, a, t_mean - stats[2], registers.join(p, p2, interpret).astype(both.dtype)
+
+    def add_values(i, p):
+        num_keys, values = walk.num_keys(i), walk.wait_for("v", i)
+        pl.when(num_keys < block)(lambda: registers.hide(values, num_keys, interpret))
+        common.add_product(o, p, values, interpret)
+
+    def body(i, carry):
+        stats, p = carry
+        start_scores(i)
+        add_values(i - 1, p)
+        stats, a, moved, p = weights(i, stats, pending=1)
+        halves = registers.split(common.read(o), interpret)
+        if is_softmax:
+            halves = [tiles.spread(a, x) * x for x in halves]
+        else:
+            halves = tiles.move_values(*halves, a, moved)
+        walk.done("v", i - 1)
+        common.assign(o, registers.join(*halves, interpret), interpret)
+        return stats, p
+
+    start_scores(0)
+    zero = plgpu.layout_cast(jnp.zeros((BLOCK // 2,), jnp.float32), HALF_ROWS)
+    stats, _, _, p = weights(0, (zero - jnp.inf, zero, zero))
+    if not isinstance(walk.count, int) or walk.count > 1:
+        stats, p = lax.fori_loop(1, walk.count, body, (stats, p))
+    add_values(walk.count - 1, p)
+    state = tiles.State(*stats, *registers.split(common.read(o), interpret))
+    return state._replace(t_mean=None, o2=None) if is_softmax else state
 
 
 def decode(query, probe, key, value, mask: blocks.Mask, page_table, *, scale, block_sizes):
@@ -133,64 +218,23 @@ def decode(query, probe, key, value, mask: blocks.Mask, page_table, *, scale, bl
             if not has_one_tile:
                 pl.when(i + stages < count)(lambda: copy(i + stages, first, names))
 
-        def attend(o, s12):
-            def start_scores(i):
-                plgpu.barrier_wait(s.k_ready.at[slot(i)])
-                common.assign(s12, common.zeros(block), interpret)
-                common.add_product(s12, both, s.k.at[slot(i)].transpose((1, 0)), interpret)
+        def wait_for(name, i):
+            to, ready = (s.k, s.k_ready) if name == "k" else (s.v, s.v_ready)
+            plgpu.barrier_wait(ready.at[slot(i)])
+            return to.at[slot(i)]
 
-            def weights(i, stats, pending=0):
-                """Statistics of the rows moved by tile i, the factor and the shift for their sums, and its weights."""
-                s1, t = registers.split(common.read(s12, pending=pending), interpret)
-                refill(i, "k")
-                key = (first + i * num_parts) * block
-                across = plgpu.broadcasted_iota(jnp.int32, s1.shape, 1, layout=HALF)
-                visible = across <= tiles.spread(last_seen - key, s1)
-                if mask.window is not None:
-                    visible &= across > tiles.spread(position - mask.window - key, s1)
-                m, d1, t_mean = stats
-                if probe is None:
-                    m, a, p = tiles.softmax_weights(m, s1, c, visible)
-                    return (
-                        (m, a * d1 + jnp.sum(p, axis=-1), t_mean),
-                        a,
-                        t_mean,
-                        registers.join(p, p, interpret).astype(dtype),
-                    )
-                t = jnp.where(visible, t, 0.0)  # whatever lies there
-                stats, a, p, p2 = tiles.weigh_rows(m, d1, t_mean, s1, t, c, visible)
-                return stats, a, t_mean - stats[2], registers.join(p, p2, interpret).astype(dtype)
+        def visible(i, like):
+            key = (first + i * num_parts) * block
+            across = plgpu.broadcasted_iota(jnp.int32, like.shape, 1, layout=HALF)
+            seen = across <= tiles.spread(last_seen - key, like)
+            if mask.window is not None:
+                seen &= across > tiles.spread(position - mask.window - key, like)
+            return seen
 
-            def add_values(i, p):
-                end_here = end - (first + i * num_parts) * block
-                plgpu.barrier_wait(s.v_ready.at[slot(i)])
-                pl.when(end_here < block)(lambda: registers.hide(s.v.at[slot(i)], end_here, interpret))
-                common.add_product(o, p, s.v.at[slot(i)], interpret)
-
-            def body(i, carry):
-                stats, p = carry
-                start_scores(i)
-                add_values(i - 1, p)
-                stats, a, moved, p = weights(i, stats, pending=1)
-                halves = registers.split(common.read(o), interpret)
-                if probes:
-                    halves = tiles.move_values(*halves, a, moved)
-                else:
-                    halves = [tiles.spread(a, x) * x for x in halves]
-                refill(i - 1, "v")
-                common.assign(o, registers.join(*halves, interpret), interpret)
-                return stats, p
-
-            start_scores(0)
-            zero = plgpu.layout_cast(jnp.zeros((BLOCK // 2,), jnp.float32), HALF_ROWS)
-            stats, _, _, p = weights(0, (zero - jnp.inf, zero, zero))
-            if not has_one_tile:
-                stats, p = lax.fori_loop(1, count, body, (stats, p))
-            add_values(count - 1, p)
-            state = tiles.State(*stats, *registers.split(common.read(o), interpret))
-            return state if probes else state._replace(t_mean=None, o2=None)
-
-        state = pl.run_scoped(attend, *common.accumulators(width, block))
+        num_keys_of = lambda i: end - (first + i * num_parts) * block
+        walk = Walk(count, wait_for, lambda name, i: refill(i, name), visible, num_keys_of)
+        run = functools.partial(attend, both, walk, c=c, block=block, is_softmax=probe is None, interpret=interpret)
+        state = pl.run_scoped(run, *common.accumulators(width, block))
         if interpret:  # Pallas' interpreter has no memory that a cluster shares: see below
             for ref, x in zip(out_refs, jax.tree.leaves(state), strict=True):
                 ref[part, program] = x[:rows]

@@ -1,10 +1,10 @@
-"""What Hopper's decode does below Pallas, register by register: halves of a tile, and a cluster's exchange of states.
+"""What Hopper's decode does below Pallas, register by register: halves of a tile, and how programs exchange states.
 
 A tile of matrix instructions has 64 rows, 16 to a warp. Here rows 0 to 7 of 16 are query rows of one kv head, rows 8 to
 15 their probes, the same in all four warps. A thread holds rows i and i + 8 in registers of their own, so that taking a
 tile apart moves nothing.
 
-Every function has a plain version for Pallas' interpreter, but for those of a cluster.
+Every function has a plain version for Pallas' interpreter, but for those in which programs meet.
 """
 
 import functools
@@ -55,8 +55,19 @@ def _scalar(splat: mgpu.FragmentedArray) -> ir.Value:
     return _elements(register)[0] if isinstance(register.type, ir.VectorType) else register
 
 
+def _pointer(ref: ir.Value) -> ir.Value:
+    """Address of a reference in its own address space: that of shared memory where the type says so, else global."""
+    if mgpu.utils.is_smem_ref(ref):
+        return mgpu.utils.memref_ptr(ref)
+    return llvm.addrspacecast(llvm.PointerType.get(address_space=1), mgpu.utils.memref_ptr(ref))
+
+
 def _shared_address(ref: ir.Value) -> ir.Value:
     return llvm.ptrtoint(ir.IntegerType.get_signless(32), mgpu.utils.memref_ptr(ref))
+
+
+def _global_address(ref: ir.Value) -> ir.Value:
+    return llvm.ptrtoint(ir.IntegerType.get_signless(64), _pointer(ref))
 
 
 def _thread() -> tuple[ir.Value, ir.Value, ir.Value]:
@@ -70,7 +81,7 @@ def gather(query, probe, rows: int, interpret: bool) -> jax.Array:
     """The tile of queries and probes.
 
     Args:
-      query: reference (T, heads, H) to the queries of one kv head in global memory.
+      query: reference (T, heads, H) to the queries of one kv head, in global or shared memory.
       probe: likewise the probes.
       rows: T times the heads, at most `ROWS`; the rows after these repeat the last.
       interpret: whether Pallas' interpreter runs.
@@ -91,7 +102,7 @@ def gather(query, probe, rows: int, interpret: bool) -> jax.Array:
         offset = arith.addi(offset, arith.muli(pair, _i32(2)))
         registers = np.empty(TILE.to_mgpu().registers_shape((BLOCK, width)), dtype=object)
         for half, ref in enumerate(refs):
-            base = llvm.addrspacecast(llvm.PointerType.get(address_space=1), mgpu.utils.memref_ptr(ref))
+            base = _pointer(ref)
             for chunk in range(width // 8):
                 at = mgpu.utils.getelementptr(base, [arith.addi(offset, _i32(8 * chunk))], kind.element_type)
                 pair_of_columns = llvm.load(ir.VectorType.get((2,), kind.element_type), at, alignment=4)
@@ -165,6 +176,34 @@ def hide(values, limit: jax.Array, interpret: bool) -> None:
     plgpu.commit_smem()
 
 
+def _store_rows(stats, sums, to_stats: ir.Value, to_sums: ir.Value, exists: ir.Value, store) -> None:
+    """Stores a thread's part of its row's state.
+
+    Args:
+      stats: m, d1 and t_mean; without a probe the first two.
+      sums: o1 and o2, or o1.
+      to_stats: where the row's four numbers go.
+      to_sums: where its sums go, (1 or 2, columns).
+      exists: whether there is such a row.
+      store: (address, bytes from there, values) stores two or four floats.
+    """
+    warp, _, pair = _thread()
+    is_equal = functools.partial(arith.cmpi, arith.CmpIPredicate.eq)
+    offset = arith.muli(pair, _i32(8))
+    if to_sums.type != offset.type:
+        offset = arith.extui(to_sums.type, offset)
+    of_pair, width = arith.addi(to_sums, offset), sums[0].shape[1]
+    for quarter in range(4):  # all warps hold the same: each stores a part
+        with mgpu.utils.when(arith.andi(exists, is_equal(warp, _i32(quarter)))):
+            for i, x in enumerate(sums):
+                for chunk in range(quarter * width // 32, (quarter + 1) * width // 32):
+                    store(of_pair, 4 * (i * width + 8 * chunk), _elements(x.registers.flat[chunk]))
+    numbers = [_elements(x.registers.item())[0] for x in stats]
+    numbers += numbers[:1] * (4 - len(numbers))
+    with mgpu.utils.when(arith.andi(exists, is_equal(arith.addi(warp, pair), _i32(0)))):
+        store(to_stats, 0, numbers)
+
+
 def expect(inbox_ref, num_bytes: jax.Array) -> None:
     """Readies a cluster's program for what the others send it by `exchange`; all its warpgroups call this.
 
@@ -220,11 +259,10 @@ def exchange(
         )
     )
     def send(_, stats, sums, part, inboxes, stats_ref, sums_ref):
-        warp, row, pair = _thread()
+        _, row, _ = _thread()
         target, slot = arith.remui(row, _i32(num_splits)), arith.divui(row, _i32(num_splits))
         place = arith.addi(arith.muli(slot, _i32(num_parts)), _scalar(part))
         exists = arith.cmpi(arith.CmpIPredicate.ult, row, _i32(rows))
-        is_equal = functools.partial(arith.cmpi, arith.CmpIPredicate.eq)
         ptx = functools.partial(mgpu.utils.inline_ptx, has_side_effects=True)
         if inboxes:  # all are ready
             ptx("barrier.cluster.wait.acquire.aligned;", convergent=True)
@@ -246,17 +284,8 @@ def exchange(
             names, inbox = ", ".join(f"${i + 1}" for i in range(size)), last.replace("@", str(size + 1))
             ptx(f"st.{kind}.v{size}.f32 [$0+{offset}], {{{names}}}{inbox};", to, *values, *inboxes_there)
 
-        to = at_target(sums_ref, arith.addi(arith.muli(place, _i32(4 * len(sums) * width)), arith.muli(pair, _i32(8))))
-        for quarter in range(4):  # all warps hold the same: each stores a part
-            with mgpu.utils.when(arith.andi(exists, is_equal(warp, _i32(quarter)))):
-                for i, x in enumerate(sums):
-                    for chunk in range(quarter * width // 32, (quarter + 1) * width // 32):
-                        store(to, 4 * (i * width + 8 * chunk), _elements(x.registers.flat[chunk]))
-        numbers = [_elements(x.registers.item())[0] for x in stats]
-        numbers += numbers[:1] * (4 - len(numbers))
-        to = at_target(stats_ref, arith.muli(place, _i32(16)))
-        with mgpu.utils.when(arith.andi(exists, is_equal(arith.addi(warp, pair), _i32(0)))):
-            store(to, 0, numbers)
+        to_sums = at_target(sums_ref, arith.muli(place, _i32(4 * len(sums) * width)))
+        _store_rows(stats, sums, at_target(stats_ref, arith.muli(place, _i32(16))), to_sums, exists, store)
         wait = "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [$0], 0;"
         if inboxes:
             ptx(f"{{ .reg .pred done; again: {wait} @!done bra again; }}", _shared_address(inboxes[0]))
@@ -265,3 +294,143 @@ def exchange(
         return ()
 
     send(stats, sums, part, inboxes, stats_ref, sums_ref)
+
+
+def store_state(state: tiles.State, stats_ref, sums_ref, rows: int, interpret: bool) -> None:
+    """Writes every row's state to global memory.
+
+    Args:
+      state: (32,) and (32, columns), the same in all warps.
+      stats_ref: (rows, 4) float32: m, d1 and t_mean.
+      sums_ref: (rows, 1 or 2, columns) float32: o1 and o2.
+      rows: rows that there are.
+      interpret: whether Pallas' interpreter runs.
+    """
+    stats = [x for x in (state.m, state.d1, state.t_mean) if x is not None]
+    sums = [x for x in (state.o1, state.o2) if x is not None]
+    if interpret:
+        for i, x in enumerate(stats):
+            stats_ref[:, i] = x[:rows]
+        for i, x in enumerate(sums):
+            sums_ref[:, i] = x[:rows]
+        return
+    layouts = [HALF_ROWS] * len(stats), [HALF] * len(sums)
+
+    @plgpu.inline_mgpu(arg_types=(*layouts, plgpu.RefType(), plgpu.RefType()))
+    def write(_, stats, sums, stats_ref, sums_ref):
+        _, row, _ = _thread()
+        i64 = ir.IntegerType.get_signless(64)
+
+        def of_row(ref, size: int):
+            return arith.addi(_global_address(ref), arith.muli(arith.extui(i64, row), mgpu.c(size, i64)))
+
+        def store(to, offset: int, values):
+            names = ", ".join(f"${i + 1}" for i in range(len(values)))
+            ptx = f"st.global.v{len(values)}.f32 [$0+{offset}], {{{names}}};"
+            mgpu.utils.inline_ptx(ptx, to, *values, has_side_effects=True)
+
+        exists = arith.cmpi(arith.CmpIPredicate.ult, row, _i32(rows))
+        width = sums[0].shape[1]
+        _store_rows(stats, sums, of_row(stats_ref, 16), of_row(sums_ref, 4 * len(sums) * width), exists, store)
+        return ()
+
+    write(stats, sums, stats_ref, sums_ref)
+
+
+def write_row(ref, x: jax.Array, first: jax.Array, layout, interpret: bool) -> None:
+    """Writes a part of x to row 0 of a tile for matrix instructions; `plgpu.commit_smem` has to follow.
+
+    Args:
+      ref: (8, columns) in shared memory, in lines of 64 columns; what the other rows hold is of no account to row 0.
+      x: (n,), of which [first, first + columns) is written as far as it lies in x.
+      first: may be negative.
+      layout: of x, plgpu.Layout.WG_STRIDED or TILED.
+      interpret: whether Pallas' interpreter runs.
+    """
+    columns = ref.shape[1]
+    if interpret:
+        index = first + jnp.arange(columns)
+        inside = (index >= 0) & (index < x.size)
+        ref[0] = jnp.where(inside, jnp.take(x, jnp.clip(index, 0, x.size - 1)), ref[0])
+        return
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(common.swizzle(64)), layout, plgpu.Layout.WG_SPLAT(())))
+    def write(_, ref, x, first):
+        base, i32 = _shared_address(ref), ir.IntegerType.get_signless(32)
+        for (index,), register in zip(x.layout.thread_idxs(x.shape), x.registers.flat, strict=True):
+            column = arith.subi(arith.index_cast(i32, index), _scalar(first))
+            line, of_line = arith.divui(column, _i32(64)), arith.remui(column, _i32(64))
+            at = arith.addi(arith.muli(line, _i32(8 * 128)), arith.muli(of_line, _i32(2)))  # row 0: no swizzle
+            size = ir.VectorType(register.type).shape[0]
+            word = ir.IntegerType.get_signless(16 * size)
+            bits = llvm.bitcast(word, register)
+            mgpu.utils.inline_ptx(
+                f"st.shared.b{16 * size} [$0], $1;",
+                arith.addi(base, at),
+                bits,
+                predicate=arith.cmpi(arith.CmpIPredicate.ult, column, _i32(columns)),
+                has_side_effects=True,
+            )
+        return ()
+
+    write(ref, x, first)
+
+
+def store_column(ref, x: jax.Array, interpret: bool) -> None:
+    """Writes column 0 of x, (64, 8) float32 as matrix instructions leave it, to `ref`, (64,) in global memory."""
+    if interpret:
+        ref[...] = x[:, 0]
+        return
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), TILE))
+    def store(_, ref, x):
+        warp, row, pair = _thread()
+        i64 = ir.IntegerType.get_signless(64)
+        first = arith.addi(arith.muli(warp, _i32(16)), row)
+        at = arith.addi(_global_address(ref), arith.extui(i64, arith.muli(first, _i32(4))))
+        for half in range(2):
+            mgpu.utils.inline_ptx(
+                f"st.global.f32 [$0+{32 * half}], $1;",
+                at,
+                _elements(x.registers[(0, 0, 0, 0, half, 0, 0, 0, 0)])[0],
+                predicate=arith.cmpi(arith.CmpIPredicate.eq, pair, _i32(0)),
+                has_side_effects=True,
+            )
+        return ()
+
+    store(ref, x)
+
+
+def meet(counter_ref, count: jax.Array) -> None:
+    """Waits until a counter has grown to `count`; whoever adds to it here sees what the others wrote before they did.
+
+    All programs must run at once. Called by one warpgroup of each.
+
+    Args:
+      counter_ref: int32 scalar in global memory, which grows by 1 for each call.
+      count: after the calls of all.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT(())))
+    def wait(_, counter, count):
+        mgpu.utils.warpgroup_barrier()
+        thread = arith.remui(mgpu.utils.thread_idx(), _i32(128))
+        is_zero = lambda x: arith.cmpi(arith.CmpIPredicate.eq, x, _i32(0))
+        at = _global_address(counter)
+        ptx = functools.partial(mgpu.utils.inline_ptx, has_side_effects=True)
+        ptx("red.release.gpu.global.add.u32 [$0], 1;", at, predicate=is_zero(thread))
+        again = """{
+            .reg .pred more;
+            .reg .b32 now;
+            again:
+            ld.acquire.gpu.global.u32 now, [$0];
+            sub.s32 now, now, $1;
+            setp.lt.s32 more, now, 0;
+            @more bra again;
+        }"""
+        with mgpu.utils.when(is_zero(arith.remui(thread, _i32(32)))):  # every warp asks for itself: so they ask often
+            ptx(again, at, _scalar(count))
+        mgpu.utils.warp_barrier()
+        return ()
+
+    wait(counter_ref, count)

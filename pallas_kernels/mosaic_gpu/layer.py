@@ -1,0 +1,480 @@
+"""A block of the model for one new token of one sequence, in one kernel for Hopper.
+
+Time is the reading of weights, keys and values. One warpgroup of a program does nothing but copy the tiles that its
+five stages read into a ring of slots, as far ahead as there is room, whatever the other one waits for. That one
+computes stage after stage; in between, programs meet at a counter in global memory, so all of them must run at once.
+
+A product is cut into tiles of 128 rows and 64 columns. A program takes some columns of a share of the rows, and whoever
+needs the product adds up the shares.
+"""
+
+import functools
+import types
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import fragmented_array
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import device, tiles
+from pallas_kernels.mosaic_gpu import common, decode, registers
+
+PROGRAMS = 128  # a power of two, and as many cores
+TILE = 128, 64  # rows and columns of weights
+SLOTS = 12  # of the ring
+MAX_WIDTH, MAX_SHARE = 2048, 1024  # what registers hold of the stream, shared memory of a product's inputs
+# Tiles of a program on their way, before and after the first so many: with more, a meeting waits for the memory, too.
+AT_FIRST, UNDER_WAY = 6, 2
+
+
+class Product(NamedTuple):
+    """How a product of a row with matrices side by side is shared out among programs.
+
+    Attributes:
+      depth: rows of the matrices.
+      widths: columns of each.
+      shares: of the rows; program p has share p % shares.
+      programs: in all.
+    """
+
+    depth: int
+    widths: tuple[int, ...]
+    shares: int
+    programs: int
+
+    @classmethod
+    def of(cls, weights: Sequence[jax.Array], programs: int, shares: int | None = None) -> "Product":
+        """The one with the fewest tiles for a program."""
+        depth, widths = weights[0].shape[0], tuple(w.shape[1] for w in weights)
+        numbers = [shares] if shares else [1 << i for i in range(programs.bit_length())]
+        plans = [cls(depth, widths, n, programs) for n in numbers if depth % (n * TILE[0]) == 0]
+        return min(plans, key=lambda plan: (plan.share > MAX_SHARE, plan.num_tiles, plan.shares))
+
+    @property
+    def share(self) -> int:
+        """Rows of a share."""
+        return self.depth // self.shares
+
+    @property
+    def firsts(self) -> list[int]:
+        """First block of 64 columns of each matrix, and the number of blocks."""
+        return [sum(self.widths[:i]) // TILE[1] for i in range(len(self.widths) + 1)]
+
+    @property
+    def rounds(self) -> int:
+        """Blocks of columns of a program."""
+        return pl.cdiv(self.firsts[-1] * self.shares, self.programs)
+
+    @property
+    def num_tiles(self) -> int:
+        """Of a program."""
+        return self.rounds * (self.share // TILE[0])
+
+    def place(self, program, index):
+        """(row, block of columns) of a program's tile."""
+        depth = self.share // TILE[0]
+        row = lax.rem(program, self.shares) * self.share + lax.rem(index, depth) * TILE[0]
+        return row, self.block(program, lax.div(index, depth))
+
+    def block(self, program, index):
+        """Block of columns of a program's round; where none is left the last, which another program has, too."""
+        block = lax.div(program, self.shares) + index * (self.programs // self.shares)
+        return jnp.minimum(block, self.firsts[-1] - 1)
+
+
+class Norms(NamedTuple):
+    """Gains of a block's RMS norms: (D,) of the stream, (H,) of query, probe and key or None."""
+
+    attention: jax.Array
+    mlp: jax.Array
+    query: jax.Array | None
+    probe: jax.Array | None
+    key: jax.Array | None
+
+
+def _across(size: int) -> plgpu.Layout:
+    """Layout of rows whose columns lie across all threads; `reduce(0)` is that of one row."""
+    width = next(n for n in (4, 2, 1) if size % (128 * n) == 0)
+    tiling = fragmented_array.Tiling(((1, 128 * width), (32 * width,), (width,)))
+    return plgpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
+
+
+def _in_each_warp(size: int) -> plgpu.Layout:
+    """Layout of rows of up to 128 columns, the same in all warps."""
+    tiling = fragmented_array.Tiling(((1, size), (size // 32,)))
+    copies = fragmented_array.Replicated(4)
+    return plgpu.Layout.TILED(tiling, warp_dims=(copies,), lane_dims=(-2,), vector_dim=-1)
+
+
+def _in_pairs(size: int) -> plgpu.Layout:
+    """Layout of rows of 64 or 128 columns across all threads, which have two each: several threads the same."""
+    tiling = fragmented_array.Tiling(((1, size), (size // 4,), (2,)))
+    copies = fragmented_array.Replicated(256 // size)
+    return plgpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=(copies, -2), vector_dim=-1)
+
+
+def unsupported(x, weights, key, programs: int = PROGRAMS) -> str | None:
+    """Why `layer` cannot run a block, or None; the arguments are those of `layer`, arrays or their shapes."""
+    batch, capacity, kv_heads, head_dim = key.shape
+    group = weights["out"][0].shape[0] // head_dim // kv_heads
+    if x.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"x: needs bfloat16 or float16, got {x.dtype}"
+    if x.shape[0] != 1 or batch != 1:
+        return f"x: needs one sequence, got {x.shape[0]}"
+    if head_dim not in common.WIDTHS or group > registers.ROWS or programs % kv_heads:
+        return f"key: needs heads {common.WIDTHS} wide, got {head_dim}, at most {registers.ROWS} queries for each"
+    if capacity % 8:
+        return f"key: needs room for a multiple of 8 keys, got {capacity}"
+    matrices = [w for several in weights.values() for w in several]
+    if any(w.dtype != x.dtype or w.shape[0] % TILE[0] or w.shape[1] % TILE[1] for w in matrices):
+        return f"weights: need {x.dtype} and multiples of {TILE} rows and columns"
+    if x.shape[1] > MAX_WIDTH:
+        return f"x: needs a width of at most {MAX_WIDTH}, got {x.shape[1]}"
+    if group * head_dim % TILE[0]:
+        return f"weights: need {TILE[0]} rows of the output projection for a kv head, got {group * head_dim}"
+    return common.unsupported_device() or device.too_few_cores()
+
+
+def layer(
+    x: jax.Array,
+    parts: jax.Array | None,
+    weights: dict[str, Sequence[jax.Array]],
+    norms: Norms,
+    key: jax.Array,
+    value: jax.Array,
+    counters: jax.Array,
+    lengths: jax.Array,
+    rotations: dict[str, jax.Array | None],
+    *,
+    epsilon: float,
+    head_epsilon: float,
+    programs: int = PROGRAMS,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Runs a block on one new token of one sequence.
+
+    Args:
+      x: (1, D) the residual stream.
+      parts: (S, D) float32, whose sum is to be added to it; None where nothing is.
+      weights: "in": (D, N H) of query and, where there is one, probe, then (D, K H) of key and value; "out": (N H, D);
+        "gate": (D, F) of gate and up projection; "down": (F, D).
+      norms: gains.
+      key: (1, S, K, H) cached keys.
+      value: (1, S, K, H) cached values.
+      counters: int32 (1 + K, 32), each number in column 0 a multiple of `programs`, such as 0.
+      lengths: int32 (2,), of the sequence without and with the new token; where they are the same there is none.
+      rotations: for "query", "probe" and "key" None or float32 (2, H), the factors of a dimension and of its partner.
+      epsilon: of the stream's norms.
+      head_epsilon: of the heads' norms.
+      programs: a power of two, of which K is a divisor. All must run at once.
+
+    Returns:
+      x and parts for the next block, key, value and counters. A token without a place in the cache is left out.
+    """
+    interpret = common.is_interpreted()
+    dtype, width = x.dtype, x.shape[1]
+    _, capacity, kv_heads, head_dim = key.shape
+    group = weights["out"][0].shape[0] // head_dim // kv_heads
+    mlp_width = weights["down"][0].shape[0]
+    names = ["query", "probe", "key", "value"] if len(weights["in"]) == 4 else ["query", "key", "value"]
+    has_probe = "probe" in names
+    plans = {name: Product.of(w, programs, kv_heads if name == "out" else None) for name, w in weights.items()}
+    splits = programs // kv_heads  # programs that share the keys of a head
+    block = TILE[0] * TILE[1] // head_dim  # keys of a tile
+    c = head_dim**-0.5 * tiles.LOG2_E
+    starts = dict(zip(names, [TILE[1] * first for first in plans["in"].firsts], strict=False))
+
+    float32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    results = {name: {name: float32(plan.shares, sum(plan.widths))} for name, plan in plans.items()}
+    results["gate"]["x"] = jax.ShapeDtypeStruct((1, width), dtype)
+    results["attention"] = {  # the last state is the new token's
+        "stats": float32(kv_heads, splits + 1, group, 4),
+        "sums": float32(kv_heads, splits + 1, group, 1 + has_probe, head_dim),
+    }
+    given = {
+        "x": x,
+        "parts": parts,
+        "weights": weights,
+        "gains": {name: gain for name, gain in norms._asdict().items() if gain is not None},
+        "rotations": {name: factors for name, factors in rotations.items() if factors is not None},
+        "lengths": lengths,
+    }
+
+    def kernel(stages, tree, outputs, key_ref, value_ref, counters_ref, *refs, **scratch):
+        inputs, before = jax.tree.unflatten(tree, refs[: tree.num_leaves])
+        buffers = before | dict(zip(outputs, refs[tree.num_leaves :], strict=True))
+        g, s, held = types.SimpleNamespace(**inputs), types.SimpleNamespace(**scratch), {}
+        weight_tiles, head_tiles = (s.weights, s.heads) if interpret else s.ring
+        program, thread = lax.axis_index("program"), lax.axis_index("thread")
+        kv, own = lax.rem(program, kv_heads), lax.div(program, kv_heads)
+        length = g.lengths[0]
+        is_new = (g.lengths[1] > length) & (length < capacity)
+        num_old = jnp.minimum(length, capacity)
+        count = jnp.maximum(1, lax.div(pl.cdiv(num_old, block) - own - 1, splits) + 1)
+        firsts, total = {}, jnp.int32(0)
+        for stage in stages:
+            firsts[stage] = total
+            total += 2 * count if stage == "attention" else plans[stage].num_tiles
+
+        def slot(step):
+            return common.ring_slot(step, SLOTS)
+
+        def key_of(i):
+            """First key of the program's i-th tile of keys."""
+            return (own + i * splits) * block
+
+        def copy(step):
+            """Starts to copy the tile of a step into its slot."""
+
+            def when(condition, source, to):
+                start = functools.partial(plgpu.copy_gmem_to_smem, source, to.at[slot(step)], s.ready.at[slot(step)])
+                pl.when(condition)(start)
+
+            for stage in stages:
+                index = step - firsts[stage]
+                if stage == "attention":
+                    first = key_of(lax.div(index, 2))
+                    here = pl.ds(jnp.where(first < capacity, first, 0), block)
+                    inside = (index >= 0) & (index < 2 * count)
+                    for i, ref in enumerate((key_ref, value_ref)):
+                        when(inside & (lax.rem(index, 2) == i), ref.at[0, here, kv], head_tiles)
+                    continue
+                plan = plans[stage]
+                row, column = plan.place(program, index)
+                inside = (index >= 0) & (index < plan.num_tiles)
+                for first, last, ref in zip(plan.firsts, plan.firsts[1:], g.weights[stage], strict=False):
+                    tile = ref.at[pl.ds(row, TILE[0]), pl.ds((column - first) * TILE[1], TILE[1])]
+                    when(inside & (first <= column) & (column < last), tile, weight_tiles)
+
+        @pl.when(thread == 1)
+        def _copy():
+            def see(landed, due):
+                """Waits for the tiles of steps [landed, due)."""
+                lax.fori_loop(landed, due, lambda i, _: plgpu.barrier_wait(s.ready.at[slot(i)]), None)
+                return jnp.maximum(landed, due)
+
+            def one(step, landed):
+                landed = see(landed, jnp.where(step < AT_FIRST, 0, step - UNDER_WAY + 1))
+                pl.when(step >= SLOTS)(lambda: plgpu.barrier_wait(s.free.at[slot(step)]))
+                copy(step)
+                return landed
+
+            see(lax.fori_loop(0, total, one, jnp.int32(0)), total)
+            common.drain(s.free, total, SLOTS)
+
+        def load(ref, layout):
+            x = ref[...] if interpret else plgpu.load(ref, layout=layout, optimized=False)
+            return x.astype(jnp.float32)
+
+        def rounded(x):
+            return x.astype(dtype).astype(jnp.float32)
+
+        def added_up(ref, columns, layout):
+            """The sum over all shares of a product."""
+            return jnp.sum(load(ref.at[:, columns], layout), axis=0)
+
+        def stream(name):
+            """The residual stream with what `name` adds to it."""
+            layout = _across(width)
+            if name == "out":
+                x, added = held["x"] if "x" in held else stream("in"), buffers["out"]
+            else:
+                x, added = load(g.x.at[0], layout.reduce(0)), g.parts
+            return x if added is None else rounded(x + rounded(added_up(added, pl.ds(0, width), layout)))
+
+        def multiply(name, *vectors):
+            """The program's share of a product with `vectors`: (values, index of the first of the share's, layout)."""
+            for x, first, layout in vectors:
+                registers.write_row(s.row, x.astype(dtype), first, layout, interpret)
+            plgpu.commit_smem()
+            plan = plans[name]
+            depth, share = plan.share // TILE[0], lax.rem(program, plan.shares)
+
+            def one(i, _):
+                column, first = plan.block(program, i), firsts[name] + i * depth
+
+                def product(sums):
+                    for k in range(depth):
+                        at = slot(first + k)
+                        plgpu.barrier_wait(s.ready.at[at])
+                        inputs = s.row.at[:, pl.ds(k * TILE[0], TILE[0])]
+                        plgpu.wgmma(sums, weight_tiles.at[at].transpose((1, 0)), inputs.transpose((1, 0)))
+                    to = buffers[name].at[share, pl.ds(column * TILE[1], TILE[1])]
+                    registers.store_column(to, common.read(sums), interpret)
+
+                pl.run_scoped(product, plgpu.ACC((TILE[1], registers.ROWS), jnp.float32))
+                for k in range(depth):
+                    plgpu.barrier_arrive(s.free.at[slot(first + k)])
+
+            lax.fori_loop(0, plan.rounds, one, None)
+
+        def normed(x, gain):
+            return x * lax.rsqrt(jnp.sum(x * x) / width + epsilon) * gain
+
+        def gain_of(name):
+            return load(g.gains[name], _across(width).reduce(0))
+
+        def inputs():
+            gain, held["x"] = gain_of("attention"), stream("in")
+            plan = plans["in"]
+            first = lax.rem(program, plan.shares) * plan.share
+            multiply("in", (normed(held["x"], gain), first, _across(width).reduce(0)))
+
+        def attention():
+            stats, sums = (buffers[name].at[kv] for name in ("stats", "sums"))
+            half, layout = head_dim // 2, _in_each_warp(head_dim // 2)
+            halves = [pl.ds(i * half, half) for i in range(2)]
+
+            # All that comes from memory before anything waits for it.
+            def shares(name, index):
+                first = starts[name] + index * head_dim
+                return [load(buffers["in"].at[:, pl.ds(first + i * half, half)], layout) for i in range(2)]
+
+            queries = names[: 1 + has_probe]
+            rows = [[shares(name, kv * group + i) for name in queries] for i in range(group)]
+            of_key = shares("key", kv)
+            of_value = load(buffers["in"].at[:, pl.ds(starts["value"] + kv * head_dim, head_dim)], _in_pairs(head_dim))
+            gains = {
+                name: [load(g.gains[name].at[i], layout.reduce(0)) for i in halves]
+                for name in g.gains
+                if name in starts
+            }
+            factors = {
+                name: [[load(ref.at[j, i], layout.reduce(0)) for j in range(2)] for i in halves]
+                for name, ref in g.rotations.items()
+            }
+
+            def turned(name, both):
+                """A row of the first product in halves, normed, rotated and rounded."""
+                both = [rounded(jnp.sum(x, axis=0)) for x in both]
+                if name in gains:
+                    inverse = lax.rsqrt(sum(jnp.sum(x * x) for x in both) / head_dim + head_epsilon)
+                    both = [x * inverse * gain for x, gain in zip(both, gains[name], strict=True)]
+                if name in factors:
+                    turns = zip(both, both[::-1], factors[name], strict=True)
+                    both = [x * own + y * other for x, y, (own, other) in turns]
+                return [rounded(x) for x in both]
+
+            key, value = turned("key", of_key), rounded(jnp.sum(of_value, axis=0))
+            for i in range(group):
+                dots = []
+                for j, name in enumerate(queries):
+                    both = turned(name, rows[i][j])
+                    for columns, x in zip(halves, both, strict=True):
+                        s.rows[j, 0, i, columns] = x.astype(dtype)
+                    dots.append(sum(jnp.sum(x * y) for x, y in zip(both, key, strict=True)))
+
+                @pl.when(own == 0)
+                def _store_new(i=i, dots=dots):
+                    m, d1 = jnp.where(is_new, c * dots[0], -jnp.inf), jnp.where(is_new, 1.0, 0.0)
+                    for n, x in enumerate((m, d1, *dots[1:])):
+                        stats[splits, i, n] = x
+                    sums[splits, i, 0] = value
+                    if has_probe:
+                        sums[splits, i, 1] = value * 0.0
+
+            @pl.when((own == 0) & is_new)
+            def _to_cache():
+                for columns, x in zip(halves, key, strict=True):
+                    key_ref[0, length, kv, columns] = x.astype(dtype)
+                value_ref[0, length, kv] = value.astype(dtype)
+
+            plgpu.commit_smem()
+            both = registers.gather(s.rows.at[0], s.rows.at[1 if has_probe else 0], group, interpret)
+            at = lambda name, i: slot(firsts["attention"] + 2 * i + int(name == "v"))
+
+            def wait_for(name, i):
+                plgpu.barrier_wait(s.ready.at[at(name, i)])
+                return head_tiles.at[at(name, i)]
+
+            def done(name, i):
+                plgpu.barrier_arrive(s.free.at[at(name, i)])
+
+            def visible(i, like):
+                across = plgpu.broadcasted_iota(jnp.int32, like.shape, 1, layout=registers.HALF)
+                return across < num_old - key_of(i)
+
+            walk = decode.Walk(count, wait_for, done, visible, lambda i: num_old - key_of(i))
+            options = dict(c=c, block=block, is_softmax=not has_probe, interpret=interpret)
+            run = functools.partial(decode.attend, both, walk, **options)
+            state = pl.run_scoped(run, *common.accumulators(head_dim, block))
+            done("v", count - 1)
+            registers.store_state(state, stats.at[own], sums.at[own], group, interpret)
+
+        def out():
+            layout = _in_pairs(head_dim)
+            stats, sums = (buffers[name].at[kv] for name in ("stats", "sums"))
+
+            def merged(i):
+                m, d1, *t_mean = (load(stats.at[:, i, n], layout.reduce(1)) for n in range(2 + has_probe))
+                o1, *o2 = (load(sums.at[:, i, n], layout) for n in range(1 + has_probe))
+                return tiles.merged_output(tiles.State(m, d1, *(t_mean or [None]), o1, *(o2 or [None])))
+
+            multiply("out", *((merged(i), -i * head_dim, layout.reduce(0)) for i in range(group)))
+
+        def gate():
+            gain, x, plan = gain_of("mlp"), stream("out"), plans["gate"]
+            first = lax.rem(program, plan.shares) * plan.share
+            multiply("gate", (normed(x, gain), first, _across(width).reduce(0)))
+
+            @pl.when(program == 0)
+            def _store():
+                buffers["x"][0] = x.astype(dtype)
+
+        def down():
+            plan = plans["down"]
+            first, layout = lax.rem(program, plan.shares) * plan.share, _across(plan.share)
+            both = (pl.ds(first + i * mlp_width, plan.share) for i in range(2))
+            gate, up = (rounded(added_up(buffers["gate"], columns, layout)) for columns in both)
+            multiply("down", (gate / (1 + jnp.exp(-gate)) * up, 0, layout.reduce(0)))
+
+        @pl.when(thread == 0)
+        def _compute():
+            run = {"in": inputs, "attention": attention, "out": out, "gate": gate, "down": down}
+            counters = {"all": counters_ref.at[0, 0], "head": counters_ref.at[1 + kv, 0]}
+            numbers = {"all": programs, "head": splits}
+            # As this program has added nothing yet, this rounds up to what they will be after one meeting.
+            counts = {} if interpret else {name: (x[...] | (numbers[name] - 1)) + 1 for name, x in counters.items()}
+            for i, stage in enumerate(stages):
+                if i > 0:
+                    who = "head" if stage == "out" else "all"  # who needs a head's states has made one of them
+                    registers.meet(counters[who], counts[who])
+                    counts[who] += numbers[who]
+                run[stage]()
+
+    slots = {"weights": TILE, "heads": (block, head_dim)}
+    slots = {name: common.swizzled(*shape, SLOTS, dtype=dtype) for name, shape in slots.items()}
+    longest = max(plan.share for plan in plans.values())
+    scratch = dict(
+        row=plgpu.SMEM((registers.ROWS, longest), dtype, transforms=common.swizzle(TILE[1])),
+        rows=plgpu.SMEM((2, 1, group, head_dim), dtype),
+        ready=plgpu.Barrier(num_barriers=SLOTS),
+        free=plgpu.Barrier(num_barriers=SLOTS),
+    )
+    scratch |= slots if interpret else dict(ring=plgpu.RefUnion(*slots.values()))
+    refs = [jax.new_ref(x) for x in (key, value, counters)]
+
+    def run(stages, before):
+        inputs, tree = jax.tree.flatten((given, before))
+        outputs = {name: shape for stage in stages for name, shape in results[stage].items()}
+        made = plgpu.kernel(
+            functools.partial(kernel, stages, tree, list(outputs)),
+            out_type=tuple(outputs.values()),
+            scratch_types=scratch,
+            grid=(programs,),
+            grid_names=("program",),
+            num_threads=2,
+            thread_name="thread",
+            kernel_name="block",
+            compiler_params=plgpu.CompilerParams(approx_math=True),
+            interpret=plgpu.InterpretGPUParams() if interpret else False,
+        )(*refs, *inputs)
+        return before | dict(zip(outputs, made, strict=True))
+
+    stages, made = ("in", "attention", "out", "gate", "down"), {}
+    for several in [(stage,) for stage in stages] if interpret else [stages]:  # the interpreter has no barrier
+        made = run(several, made)
+    return made["x"], made["down"], *(ref[...] for ref in refs)
