@@ -3,6 +3,7 @@
 Time is the reading of weights, keys and values. One warpgroup of a program does nothing but copy the tiles that its
 five stages read into a ring of slots, as far ahead as there is room, whatever the other one waits for. That one
 computes stage after stage; in between, programs meet at a counter in global memory, so all of them must run at once.
+Where processes share a GPU's cores (MPS) that is not given: a model with `implementation="triton"` does without.
 
 A product is cut into tiles of 128 rows and 64 columns. A program takes some columns of a share of the rows, and whoever
 needs the product adds up the shares.
