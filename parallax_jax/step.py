@@ -7,6 +7,7 @@ says so.
 """
 
 import functools
+import importlib
 import math
 
 import flax.linen as nn
@@ -16,7 +17,6 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import device, triton_routes
 from pallas_kernels.blocks import Mask
-from pallas_kernels.mosaic_gpu import layer as one_kernel
 from parallax_jax.cache import KVCache
 from parallax_jax.layers import rotary_embedding
 
@@ -103,7 +103,12 @@ def _fits_one_kernel(config, cache: KVCache, params, x, window: int | None) -> b
     """Whether Hopper's kernel takes a block: unless another is named, full attention over a contiguous cache."""
     if config.implementation is not None or cache.ring or cache.page_table is not None or window is not None:
         return False
-    return one_kernel.unsupported(x, _weights(config, params), cache.key[0]) is None
+    return _hopper().unsupported(x, _weights(config, params), cache.key[0]) is None
+
+
+def _hopper():
+    """The module of the one kernel, loaded when a step is traced."""
+    return importlib.import_module("pallas_kernels.mosaic_gpu.layer")
 
 
 def _weights(config, params) -> dict[str, list[Array]]:
@@ -129,7 +134,7 @@ def _head_epsilon(config) -> float:
 @functools.partial(jax.jit, static_argnums=0)
 def _one_kernel(config, params, x, rotation, mask, cache):
     """`parallax_jax.model.Block` of one sequence; under jit, so that the layers of a model are traced once."""
-    factors = jnp.concatenate(rotation)
+    one_kernel, factors = _hopper(), jnp.concatenate(rotation)
     x, parts, key, value, counters = one_kernel.layer(
         x.x,
         x.parts,
