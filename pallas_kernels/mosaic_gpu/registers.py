@@ -183,21 +183,18 @@ def _store_rows(stats, sums, to_stats: ir.Value, to_sums: ir.Value, exists: ir.V
       stats: m, d1 and t_mean; without a probe the first two.
       sums: o1 and o2, or o1.
       to_stats: where the row's four numbers go.
-      to_sums: where its sums go, (1 or 2, columns).
+      to_sums: where its sums go, (1 or 2, columns), from the thread's pair of columns on.
       exists: whether there is such a row.
       store: (address, bytes from there, values) stores two or four floats.
     """
     warp, _, pair = _thread()
     is_equal = functools.partial(arith.cmpi, arith.CmpIPredicate.eq)
-    offset = arith.muli(pair, _i32(8))
-    if to_sums.type != offset.type:
-        offset = arith.extui(to_sums.type, offset)
-    of_pair, width = arith.addi(to_sums, offset), sums[0].shape[1]
+    width = sums[0].shape[1]
     for quarter in range(4):  # all warps hold the same: each stores a part
         with mgpu.utils.when(arith.andi(exists, is_equal(warp, _i32(quarter)))):
             for i, x in enumerate(sums):
                 for chunk in range(quarter * width // 32, (quarter + 1) * width // 32):
-                    store(of_pair, 4 * (i * width + 8 * chunk), _elements(x.registers.flat[chunk]))
+                    store(to_sums, 4 * (i * width + 8 * chunk), _elements(x.registers.flat[chunk]))
     numbers = [_elements(x.registers.item())[0] for x in stats]
     numbers += numbers[:1] * (4 - len(numbers))
     with mgpu.utils.when(arith.andi(exists, is_equal(arith.addi(warp, pair), _i32(0)))):
@@ -259,7 +256,7 @@ def exchange(
         )
     )
     def send(_, stats, sums, part, inboxes, stats_ref, sums_ref):
-        _, row, _ = _thread()
+        _, row, pair = _thread()
         target, slot = arith.remui(row, _i32(num_splits)), arith.divui(row, _i32(num_splits))
         place = arith.addi(arith.muli(slot, _i32(num_parts)), _scalar(part))
         exists = arith.cmpi(arith.CmpIPredicate.ult, row, _i32(rows))
@@ -284,8 +281,9 @@ def exchange(
             names, inbox = ", ".join(f"${i + 1}" for i in range(size)), last.replace("@", str(size + 1))
             ptx(f"st.{kind}.v{size}.f32 [$0+{offset}], {{{names}}}{inbox};", to, *values, *inboxes_there)
 
-        to_sums = at_target(sums_ref, arith.muli(place, _i32(4 * len(sums) * width)))
-        _store_rows(stats, sums, at_target(stats_ref, arith.muli(place, _i32(16))), to_sums, exists, store)
+        of_pair = arith.addi(arith.muli(place, _i32(4 * len(sums) * width)), arith.muli(pair, _i32(8)))
+        to_sums, to_stats = at_target(sums_ref, of_pair), at_target(stats_ref, arith.muli(place, _i32(16)))
+        _store_rows(stats, sums, to_stats, to_sums, exists, store)
         wait = "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [$0], 0;"
         if inboxes:
             ptx(f"{{ .reg .pred done; again: {wait} @!done bra again; }}", _shared_address(inboxes[0]))
@@ -318,11 +316,8 @@ def store_state(state: tiles.State, stats_ref, sums_ref, rows: int, interpret: b
 
     @plgpu.inline_mgpu(arg_types=(*layouts, plgpu.RefType(), plgpu.RefType()))
     def write(_, stats, sums, stats_ref, sums_ref):
-        _, row, _ = _thread()
-        i64 = ir.IntegerType.get_signless(64)
-
-        def of_row(ref, size: int):
-            return arith.addi(_global_address(ref), arith.muli(arith.extui(i64, row), mgpu.c(size, i64)))
+        _, row, pair = _thread()
+        at = lambda ref, offset: arith.addi(_global_address(ref), arith.extui(ir.IntegerType.get_signless(64), offset))
 
         def store(to, offset: int, values):
             names = ", ".join(f"${i + 1}" for i in range(len(values)))
@@ -330,8 +325,9 @@ def store_state(state: tiles.State, stats_ref, sums_ref, rows: int, interpret: b
             mgpu.utils.inline_ptx(ptx, to, *values, has_side_effects=True)
 
         exists = arith.cmpi(arith.CmpIPredicate.ult, row, _i32(rows))
-        width = sums[0].shape[1]
-        _store_rows(stats, sums, of_row(stats_ref, 16), of_row(sums_ref, 4 * len(sums) * width), exists, store)
+        of_pair = arith.addi(arith.muli(row, _i32(4 * len(sums) * sums[0].shape[1])), arith.muli(pair, _i32(8)))
+        to_stats, to_sums = at(stats_ref, arith.muli(row, _i32(16))), at(sums_ref, of_pair)
+        _store_rows(stats, sums, to_stats, to_sums, exists, store)
         return ()
 
     write(stats, sums, stats_ref, sums_ref)
