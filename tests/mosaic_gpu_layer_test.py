@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import re
 from unittest import mock
 
 import jax
@@ -95,6 +96,20 @@ def test_as_exact_as_the_blocks(name, monkeypatch):
         monkeypatch.setattr(kernel, function, functools.partial(getattr(kernel, function), programs=programs))
     config = dataclasses.replace(BASE, **changes)
     check(dataclasses.replace(config, param_dtype=config.dtype), *rest)
+
+
+def test_vmap_is_one_after_the_other(monkeypatch):
+    """Each waits for all of its programs: side by side they could wait for ever."""
+    for function in ("layer", "unsupported"):
+        monkeypatch.setattr(kernel, function, functools.partial(getattr(kernel, function), programs=2))
+    params, several = parameters(BASE), [filled(BASE, length, 64) for length in (5, 40)]
+    call, new = step_of(BASE, True), jnp.ones(1, jnp.int32)
+    monkeypatch.setattr(step, "runs", lambda *_: True)
+    alone = [call(params, cache, new)[0] for cache in several]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *several)
+    mapped = jax.vmap(lambda cache: call(params, cache, new)[0])
+    np.testing.assert_allclose(mapped(stacked), jnp.stack(alone), rtol=1e-4, atol=1e-5)  # the last product's order
+    assert set(re.findall(r"grid=\([^)]*\)", str(jax.make_jaxpr(mapped)(stacked)))) == {"grid=(2,)"}
 
 
 @pytest.mark.parametrize(

@@ -175,6 +175,12 @@ def layer(
     Returns:
       x and parts for the next block, key, value and counters. A token without a place in the cache is left out.
     """
+    run = functools.partial(_layer, epsilon=epsilon, head_epsilon=head_epsilon, programs=programs)
+    run = jax.custom_batching.sequential_vmap(run)  # side by side there would be more programs than cores
+    return run(x, parts, weights, norms, key, value, counters, lengths, rotations)
+
+
+def _layer(x, parts, weights, norms, key, value, counters, lengths, rotations, *, epsilon, head_epsilon, programs):
     interpret = common.is_interpreted()
     dtype, width = x.dtype, x.shape[1]
     _, capacity, kv_heads, head_dim = key.shape
