@@ -18,7 +18,6 @@ from pallas_kernels.block_sizes import (
     TritonLangDecodeBlockSizes,
     triton_lang_block_sizes,
 )
-from pallas_kernels.mosaic_gpu import common
 from parallax_jax import compare, parallax_attention, parallax_decode, parallax_reference
 from parallax_jax.attention import BACKENDS
 from parallax_jax.model import TransformerLM
@@ -247,8 +246,6 @@ def test_a_fused_step_is_as_exact_as_the_blocks(batch):
 @pytest.mark.parametrize("length", [0, 1, 64, 1000, 1023, 1024])
 def test_a_block_in_one_kernel(length):
     """At the paper's width; of the 16 programs that share a head's keys some have none."""
-    if common.unsupported_device() or device.too_few_cores():
-        pytest.skip("not a device of this kernel")
     config = dataclasses.replace(decode_step.PAPER, num_layers=2, vocab_size=512)
     mosaic_gpu_layer_test.check(config, length, 1024)
 

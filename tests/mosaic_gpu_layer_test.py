@@ -164,6 +164,7 @@ def reason(card="NVIDIA H100 80GB HBM3", config=BASE, batch=1, page_size=None) -
         ({"dtype": "float32"}, {}, "got float32"),
         ({"param_dtype": "float32"}, {}, "weights: need bfloat16"),
         ({"mlp_width": 320}, {}, "multiples of"),
+        ({"mlp_width": 1664}, {}, "at most 1536 rows, got 1664"),
         ({"head_dim": 32}, {}, "got 32"),
         ({"num_kv_heads": 4}, {}, "need 128 rows"),
         ({"width": 4096}, {}, "at most 2048, got 4096"),

@@ -27,7 +27,7 @@ from pallas_kernels.mosaic_gpu import common, decode, registers
 PROGRAMS = 128  # a power of two, and as many cores
 TILE = 128, 64  # rows and columns of weights
 SLOTS = 12  # of the ring
-MAX_WIDTH, MAX_SHARE = 2048, 1024  # what registers hold of the stream, shared memory of a product's inputs
+MAX_WIDTH, MAX_SHARE = 2048, 1536  # what registers hold of the stream, shared memory of a product's inputs
 # Tiles of a program on their way, before and after the first so many: with more, a meeting waits for the memory, too.
 AT_FIRST, UNDER_WAY = 6, 2
 
@@ -78,13 +78,21 @@ class Product(NamedTuple):
     def place(self, program, index):
         """(row, block of columns) of a program's tile."""
         depth = self.share // TILE[0]
-        row = lax.rem(program, self.shares) * self.share + lax.rem(index, depth) * TILE[0]
-        return row, self.block(program, lax.div(index, depth))
+        return self.first(program) + lax.rem(index, depth) * TILE[0], self.block(program, lax.div(index, depth))
+
+    def first(self, program):
+        """First row of a program's share."""
+        return lax.rem(program, self.shares) * self.share
 
     def block(self, program, index):
         """Block of columns of a program's round; where none is left the last, which another program has, too."""
         block = lax.div(program, self.shares) + index * (self.programs // self.shares)
         return jnp.minimum(block, self.firsts[-1] - 1)
+
+
+def _plans(weights: dict[str, Sequence[jax.Array]], programs: int, kv_heads: int) -> dict[str, Product]:
+    """Of each product; a share of the output projection is what follows one kv head."""
+    return {name: Product.of(w, programs, kv_heads if name == "out" else None) for name, w in weights.items()}
 
 
 class Norms(NamedTuple):
@@ -137,6 +145,9 @@ def unsupported(x, weights, key, programs: int = PROGRAMS) -> str | None:
         return f"x: needs a width of at most {MAX_WIDTH}, got {x.shape[1]}"
     if group * head_dim % TILE[0]:
         return f"weights: need {TILE[0]} rows of the output projection for a kv head, got {group * head_dim}"
+    longest = max(plan.share for plan in _plans(weights, programs, kv_heads).values())
+    if longest > MAX_SHARE:
+        return f"weights: need shares of at most {MAX_SHARE} rows, got {longest}"
     return common.unsupported_device() or device.too_few_cores()
 
 
@@ -188,7 +199,7 @@ def _layer(x, parts, weights, norms, key, value, counters, lengths, rotations, *
     mlp_width = weights["down"][0].shape[0]
     names = ["query", "probe", "key", "value"] if len(weights["in"]) == 4 else ["query", "key", "value"]
     has_probe = "probe" in names
-    plans = {name: Product.of(w, programs, kv_heads if name == "out" else None) for name, w in weights.items()}
+    plans = _plans(weights, programs, kv_heads)
     splits = programs // kv_heads  # programs that share the keys of a head
     block = TILE[0] * TILE[1] // head_dim  # keys of a tile
     c = head_dim**-0.5 * tiles.LOG2_E
@@ -318,17 +329,16 @@ def _layer(x, parts, weights, norms, key, value, counters, lengths, rotations, *
 
             lax.fori_loop(0, plan.rounds, one, None)
 
-        def normed(x, gain):
-            return x * lax.rsqrt(jnp.sum(x * x) / width + epsilon) * gain
+        def multiply_normed(name, x, gain):
+            x = x * lax.rsqrt(jnp.sum(x * x) / width + epsilon) * gain
+            multiply(name, (x, plans[name].first(program), _across(width).reduce(0)))
 
         def gain_of(name):
             return load(g.gains[name], _across(width).reduce(0))
 
         def inputs():
             gain, held["x"] = gain_of("attention"), stream("in")
-            plan = plans["in"]
-            first = lax.rem(program, plan.shares) * plan.share
-            multiply("in", (normed(held["x"], gain), first, _across(width).reduce(0)))
+            multiply_normed("in", held["x"], gain)
 
         def attention():
             stats, sums = (buffers[name].at[kv] for name in ("stats", "sums"))
@@ -381,7 +391,7 @@ def _layer(x, parts, weights, norms, key, value, counters, lengths, rotations, *
                         stats[splits, i, n] = x
                     sums[splits, i, 0] = value
                     if has_probe:
-                        sums[splits, i, 1] = value * 0.0
+                        sums[splits, i, 1] = jnp.zeros_like(value)
 
             @pl.when((own == 0) & is_new)
             def _to_cache():
@@ -423,18 +433,17 @@ def _layer(x, parts, weights, norms, key, value, counters, lengths, rotations, *
             multiply("out", *((merged(i), -i * head_dim, layout.reduce(0)) for i in range(group)))
 
         def gate():
-            gain, x, plan = gain_of("mlp"), stream("out"), plans["gate"]
-            first = lax.rem(program, plan.shares) * plan.share
-            multiply("gate", (normed(x, gain), first, _across(width).reduce(0)))
+            gain, x = gain_of("mlp"), stream("out")
+            multiply_normed("gate", x, gain)
 
             @pl.when(program == 0)
             def _store():
                 buffers["x"][0] = x.astype(dtype)
 
         def down():
-            plan = plans["down"]
-            first, layout = lax.rem(program, plan.shares) * plan.share, _across(plan.share)
-            both = (pl.ds(first + i * mlp_width, plan.share) for i in range(2))
+            share, first = plans["down"].share, plans["down"].first(program)
+            layout = _across(share)
+            both = (pl.ds(first + i * mlp_width, share) for i in range(2))
             gate, up = (rounded(added_up(buffers["gate"], columns, layout)) for columns in both)
             multiply("down", (gate / (1 + jnp.exp(-gate)) * up, 0, layout.reduce(0)))
 
