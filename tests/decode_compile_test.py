@@ -59,11 +59,14 @@ def step_text(config, batch: int) -> str:
     return compiled.as_text()
 
 
-@pytest.mark.parametrize(("batch", "implementation"), [(1, None), (1, "triton"), (5, None), (64, None)])
-def test_a_step_is_kernels_alone(batch, implementation, capfd, monkeypatch):
+@pytest.mark.parametrize(
+    ("batch", "implementation", "width"),
+    [(1, None, 128), (1, None, 64), (1, "triton", 128), (5, None, 128), (64, None, 128)],
+)
+def test_a_step_is_kernels_alone(batch, implementation, width, capfd, monkeypatch):
     """One a block or five, nothing between them, and the cache, which a loop over tokens carries, is not copied."""
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
-    config = dataclasses.replace(PAPER, num_layers=2, vocab_size=512, implementation=implementation)
+    config = dataclasses.replace(PAPER, num_layers=2, vocab_size=512, head_dim=width, implementation=implementation)
     text = step_text(config, batch)
     in_one = batch == 1 and implementation is None
     assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == (0 if in_one else 5 * config.num_layers)
@@ -72,7 +75,7 @@ def test_a_step_is_kernels_alone(batch, implementation, capfd, monkeypatch):
         report = "".join(capfd.readouterr())
         assert set(re.findall(r"(\d+) bytes spill", report)) == {"0"}
         assert not SERIALISED.findall(report)
-    assert f"bf16[{batch},4096,8,128]" in text
+    assert f"bf16[{batch},4096,8,{width}]" in text
     copied = re.findall(r"= \(?(\S+?)\{?[\d,]*\}? copy(?:-start)?\(", text)
     assert set(copied) <= {"s32[]", f"s32[{batch}]", f"pred[{batch}]"}
     assert '"known_trip_count":{"n":"16"}' in text  # so the host does not wait for each token

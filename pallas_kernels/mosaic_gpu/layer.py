@@ -391,7 +391,7 @@ def _layer(x, parts, weights, norms, key, value, counters, lengths, rotations, *
                         stats[splits, i, n] = x
                     sums[splits, i, 0] = value
                     if has_probe:
-                        sums[splits, i, 1] = jnp.zeros_like(value)
+                        sums[splits, i, 1] = value * 0.0  # zeros in its layout
 
             @pl.when((own == 0) & is_new)
             def _to_cache():
