@@ -29,11 +29,10 @@ from pallas_kernels.mosaic_gpu import layer
 from pallas_kernels.triton import projection
 from parallax_jax import step
 from parallax_jax.cache import KVCache, init_cache
-from parallax_jax.model import ModelConfig, TransformerLM
-from parallax_jax.sampling import Draws, Sampling, decode_steps
+from parallax_jax.model import ModelConfig, TransformerLM, unstack_layers
+from parallax_jax.sampling import Draws, Sampling, decode_steps, for_decoding
 
-PAPER = ModelConfig(151936, 28, 1024, 16, 8, 128, 3072, dtype="bfloat16", param_dtype="bfloat16", scan_layers=False)
-SMALL = dataclasses.replace(PAPER, vocab_size=512, num_layers=2, width=64, head_dim=16, mlp_width=96)
+PAPER = ModelConfig(151936, 28, 1024, 16, 8, 128, 3072, dtype="bfloat16", param_dtype="bfloat16")
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -44,10 +43,19 @@ def _normal(shape, dtype, deviation, key):
 def random_parameters(config: ModelConfig):
     """Kernels as at the start of training, gains 1: drawn shape by shape, for one program that draws all is slow."""
     init = lambda key: nn.meta.unbox(TransformerLM(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"])
-    leaves, tree = jax.tree.flatten(jax.eval_shape(init, jax.random.key(0)))
-    keys = jax.random.split(jax.random.key(0), len(leaves))
-    draw = lambda x, key: jnp.ones(x.shape, x.dtype) if x.ndim == 1 else _normal(x.shape, x.dtype, 0.02, key)
-    return jax.tree.unflatten(tree, map(draw, leaves, keys))
+    paths, tree = jax.tree.flatten_with_path(jax.eval_shape(init, jax.random.key(0)))
+
+    def draw(path, x, key):
+        return jnp.ones(x.shape, x.dtype) if path[-1].key == "scale" else _normal(x.shape, x.dtype, 0.02, key)
+
+    keys = jax.random.split(jax.random.key(0), len(paths))
+    return jax.tree.unflatten(tree, [draw(path, x, key) for (path, x), key in zip(paths, keys, strict=True)])
+
+
+def model(config: ModelConfig, batch: int, context: int) -> tuple[ModelConfig, dict]:
+    """The model with random parameters, laid out as generation does for so many sequences."""
+    params, cache = random_parameters(config), jax.eval_shape(lambda: init_cache(config, batch, context))
+    return for_decoding(config, params, cache)
 
 
 def random_cache(config: ModelConfig, batch: int, context: int, length: int) -> KVCache:
@@ -68,14 +76,14 @@ def check(config: ModelConfig, batch: int, context: int) -> dict[str, float]:
       The errors of the step as generation runs it and of the model's own blocks.
     """
     config = dataclasses.replace(config, num_layers=2)
-    params = random_parameters(config)
+    config, params = model(config, batch, context)
     cache = random_cache(config, batch, context, context - 3)
     tokens = jnp.arange(batch, dtype=jnp.int32)[:, None]
 
     def logits(dtype: str):
         cast = lambda tree: jax.tree.map(lambda x: x.astype(dtype) if x.dtype == jnp.bfloat16 else x, tree)
-        model = TransformerLM(dataclasses.replace(config, dtype=dtype))
-        run = jax.jit(lambda params, cache: model.apply({"params": params}, tokens, cache=cache)[0])
+        apply = TransformerLM(dataclasses.replace(config, dtype=dtype)).apply
+        run = jax.jit(lambda params, cache: apply({"params": params}, tokens, cache=cache)[0])
         return run(cast(params), cast(cache))
 
     ours = logits("bfloat16")
@@ -93,6 +101,7 @@ class Variant:
 
     Attributes:
       implementation: of the model; "triton" takes five kernels a block.
+      stacked: whether the layers are.
       layer: constants of the one kernel, `pallas_kernels.mosaic_gpu.layer`.
       ahead: what kernels read ahead, where it is not `step.AHEAD`.
       launches: fields of the launches of a block's products, by their names in `step.AHEAD`.
@@ -101,6 +110,7 @@ class Variant:
     """
 
     implementation: str | None = None
+    stacked: bool = True
     layer: dict[str, int] = dataclasses.field(default_factory=dict)
     ahead: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     launches: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
@@ -209,7 +219,8 @@ def short(times: dict[str, float], least: float = 2.0) -> str:
 
 def bench(config: ModelConfig, batch: int, context: int, bandwidth: float, tokens: int, calls: int) -> dict:
     """Times greedy decoding that ends before `context` tokens: `tokens` a call, and one a call."""
-    params, cache = random_parameters(config), random_cache(config, batch, context, context)
+    config, params = model(config, batch, context)
+    cache = random_cache(config, batch, context, context)
     sizes = {"weight_bytes": params, "cache_bytes": (cache.key, cache.value)}
     sizes = {name: sum(x.nbytes for x in jax.tree.leaves(tree)) for name, tree in sizes.items()}
     rest, draws = beginning(config, batch)
@@ -230,7 +241,8 @@ def bench(config: ModelConfig, batch: int, context: int, bandwidth: float, token
         "attention": config.attention,
         "batch": batch,
         "context": context,
-        "fused": step.runs(config, rest[0][:, None], cache),
+        "fused": step.runs(config, params, rest[0][:, None], cache),
+        "stacked": config.scan_layers,
         **sizes,
         "tokens_per_call": tokens,
         **results[tokens],
@@ -242,11 +254,14 @@ def bench(config: ModelConfig, batch: int, context: int, bandwidth: float, token
     }
 
 
-FIVE = functools.partial(Variant, "triton")
+FIVE = functools.partial(Variant, "triton", False)
 VARIANTS = {
     "default": Variant(),
+    "one_under_way": Variant(layer={"UNDER_WAY": 1}),
     "three_under_way": Variant(layer={"UNDER_WAY": 3}),
-    "six_slots": Variant(layer={"SLOTS": 6}),
+    "four_under_way": Variant(layer={"UNDER_WAY": 4}),
+    "eight_slots": Variant(layer={"SLOTS": 8}),
+    "a_kernel_a_block": Variant(stacked=False),
     "five": FIVE(),
     "five_no_pdl": FIVE(options={"xla_gpu_enable_pdl": False}),
     "five_nothing_ahead": FIVE(ahead=dict.fromkeys(step.AHEAD, ())),
@@ -257,20 +272,26 @@ VARIANTS = {
 
 def sweep(config: ModelConfig, context: int, tokens: int, calls: int, names: list[str]) -> list[dict]:
     """Times steps of one sequence with the variants named, compiled at once."""
-    params, cache = random_parameters(config), random_cache(config, 1, context, context)
     rest, draws = beginning(config, 1)
-    arguments = params, cache, *rest, np.int32(0), draws
-    lowered = [VARIANTS[name].lower(config, tokens, *arguments) for name in names]
+    params, layouts = random_parameters(config), {}
+    for stacked in (True, False):
+        layout, weights = (config, params) if stacked else unstack_layers(config, params)
+        layouts[stacked] = layout, weights, random_cache(layout, 1, context, context)
+    lowered = []
+    for name in names:
+        layout, weights, cache = layouts[VARIANTS[name].stacked]
+        lowered.append(VARIANTS[name].lower(layout, tokens, weights, cache, *rest, np.int32(0), draws))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         compile = lambda name, x: x.compile(compiler_options=VARIANTS[name].options)
         programs = list(pool.map(compile, names, lowered))
     rows = []
     for name, program in zip(names, programs, strict=True):
+        layout, params, cache = layouts[VARIANTS[name].stacked]
         state = rewound([cache, *rest], context - (2 * calls + 4) * tokens)
         run = Steps(program, tokens, params, state, draws)
         drawn = np.asarray(run())[:8, 0].tolist()
         rows.append({"variant": name, **run.time(calls), "device": run.timeline(), "tokens": drawn})
-        cache = run.state[0]  # the one before was donated
+        layouts[VARIANTS[name].stacked] = layout, params, run.state[0]  # the cache before was donated
         print("{variant:16} step {step_us:6.0f} us, the host's part of a call {host_us_a_call:6.0f}".format(**rows[-1]))
         print(f"  on the device: {short(rows[-1]['device'])}; tokens {drawn[:4]}", flush=True)
     return rows

@@ -263,8 +263,9 @@ class TransformerLM(nn.Module):
             return self.final_norm(x)
         lengths = cache.grown(tokens.shape[1], num_new)
         shared = dataclasses.replace(cache, key=None, value=None)
-        if step.runs(self.config, tokens, cache):
-            x, key, value = step.layers(self.config, self.variables["params"], x, positions, cache, num_new)
+        params = self.variables.get("params")  # none yet where they are drawn
+        if params and step.runs(self.config, params, tokens, cache):
+            x, key, value = step.layers(self.config, params, x, positions, cache, num_new)
         elif self.config.scan_layers:
             x, (key, value) = self.layers(x, positions, segment_ids, shared, num_new, (cache.key, cache.value))
         else:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
+from parallax_jax import step as fused_step
 from parallax_jax.cache import KVCache, init_cache
 from parallax_jax.model import ModelConfig, TransformerLM, unstack_layers
 
@@ -98,7 +99,7 @@ def stream(
     What a prompt gets depends on itself and its seed alone, not on what else is in the batch.
 
     Args:
-      config: the model; its layers are unstacked for decoding.
+      config: the model.
       params: the model's parameters, as `config` stacks them.
       prompts: token ids, one sequence or more, each of one token or more; lengths may differ.
       max_new_tokens: tokens after each prompt, at most.
@@ -119,12 +120,15 @@ def stream(
       ValueError: an argument is wrong, or the cache too small.
     """
     lengths, capacity = _check(config, prompts, max_new_tokens, seed, cache, prefill_chunk, tokens_per_call)
-    config, params = unstack_layers(dataclasses.replace(config, remat="none"), params)
+    config = dataclasses.replace(config, remat="none")
     # Every product casts its matrix to this dtype: done once, a step reads no more than it needs.
-    params = jax.tree.map(lambda x: x.astype(config.dtype) if x.ndim > 1 else x, params)
+    is_gain = lambda path: "['scale']" in jax.tree_util.keystr(path)
+    params = jax.tree.map_with_path(lambda path, x: x if is_gain(path) else x.astype(config.dtype), params)
+    new_cache = lambda config: init_cache(config, len(prompts), -(-capacity // 8) * 8)  # as Hopper's kernels want it
+    config, params = for_decoding(config, params, cache or jax.eval_shape(lambda: new_cache(config)))
     if cache is None:
-        cache = init_cache(config, len(prompts), capacity)
-    elif not isinstance(cache.key, tuple):
+        cache = new_cache(config)
+    elif not config.scan_layers and not isinstance(cache.key, tuple):
         cache = dataclasses.replace(cache, key=tuple(cache.key), value=tuple(cache.value))
     if isinstance(seed, int):
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(len(prompts)))
@@ -152,6 +156,20 @@ def stream(
             yield row
             if np.isin(row, [-1, *stop_tokens]).all():
                 return
+
+
+def for_decoding(config, params, cache: KVCache):
+    """The same model with its layers as decoding is fastest: stacked where one kernel takes all, else one by one.
+
+    Args:
+      config: the model.
+      params: the model's parameters.
+      cache: of the sequences to be continued, or its shapes.
+    """
+    tokens = jax.ShapeDtypeStruct((len(cache.lengths), 1), jnp.int32)
+    if config.scan_layers and fused_step.runs(config, params, tokens, cache):
+        return config, params
+    return unstack_layers(config, params)
 
 
 class Draws(NamedTuple):

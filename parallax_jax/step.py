@@ -1,9 +1,9 @@
-"""A step of generation on a GPU in one kernel a block or in five, where the blocks themselves compile to twenty.
+"""A step of generation on a GPU in one kernel or in five a block, where the blocks themselves compile to twenty.
 
 A step for a few sequences is the reading of weights and cache, and every kernel's start and end is a pause in it. One
-sequence on a Hopper GPU takes `pallas_kernels.mosaic_gpu.layer` where that can, all else Triton's five. The model's
-blocks (`parallax_jax.model.Block`) say what is computed; `TransformerLM.hidden` calls `layers` instead where `runs`
-says so.
+sequence on a Hopper GPU takes `pallas_kernels.mosaic_gpu.layer` where that can, one kernel for all blocks where they
+are stacked, else one for each; all else takes Triton's five. The model's blocks (`parallax_jax.model.Block`) say what
+is computed; `TransformerLM.hidden` calls `layers` instead where `runs` says so.
 """
 
 import functools
@@ -25,7 +25,7 @@ AHEAD = {"in": ("gains", "out"), "out": ("gate",), "gate": ("down",), "down": ("
 _KERNELS = ("pallas_kernels.triton.projection", "pallas_kernels.triton.decode")
 
 
-def runs(config, tokens: Int[Array, "B T"], cache: KVCache) -> bool:
+def runs(config, params, tokens: Int[Array, "B T"], cache: KVCache) -> bool:
     """Whether `layers` takes the call: one new token for each of a few sequences, in half precision, on one GPU."""
     mesh = jax.sharding.get_abstract_mesh()
     if device.target()[0] != "gpu" or math.prod(mesh.shape.values()) > 1:
@@ -35,16 +35,22 @@ def runs(config, tokens: Int[Array, "B T"], cache: KVCache) -> bool:
         not any(isinstance(module, str) for module in modules)
         and tokens.shape[1] == 1
         and tokens.shape[0] <= modules[0].MAX_ROWS
-        and takes(config, cache)
+        and takes(config, params, cache)
         and config.implementation in (None, "triton")
         and config.dtype != "float32"
     )
 
 
-def takes(config, cache: KVCache) -> bool:
-    """Whether the kernels know all that the model's blocks do: no biases, no gate, layers that are not scanned over."""
-    pages_fit = cache.page_table is None or cache.key[0].shape[1] % 16 == 0
-    return config.has_cache and not (config.use_bias or config.probe_gate or config.scan_layers) and pages_fit
+def takes(config, params, cache: KVCache) -> bool:
+    """Whether the kernels know all that the model's blocks do: no biases, no gate; blocks that are stacked fit one."""
+    if not config.has_cache or config.use_bias or config.probe_gate:
+        return False
+    if config.scan_layers:
+        stacked = not isinstance(cache.key, tuple)
+        return stacked and _fits_one_kernel(
+            config, cache, nn.meta.unbox(params["layers"]), cache.key, config.windows[0]
+        )
+    return cache.page_table is None or cache.key[0].shape[1] % 16 == 0
 
 
 def layers(
@@ -79,31 +85,45 @@ def layers(
     }
     lengths = cache.grown(1, num_new)
     x, keys, values = triton_routes.load(_KERNELS[0]).Stream(x[:, 0]), [], []
+    shared = {"page_table": cache.page_table, "counters": counters}
+    mask = lambda window: Mask(cache.lengths, lengths, window=None if cache.ring else window)
+    if config.scan_layers:
+        layer = {"key": cache.key, "value": cache.value, **shared}
+        blocks = nn.meta.unbox(params["layers"])
+        x, key, value, _ = _one_kernel(config, cache.ring, blocks, x, rotation, mask(config.windows[0]), layer)
+        return x.whole()[:, None], key, value
     blocks = [nn.meta.unbox(params[f"layers_{i}"]) for i in range(config.num_layers)]
     for i, window in enumerate(config.windows):
-        layer = {"key": cache.key[i], "value": cache.value[i], "page_table": cache.page_table, "counters": counters}
-        mask = Mask(cache.lengths, lengths, window=None if cache.ring else window)
-        if _fits_one_kernel(config, cache, blocks[i], x.x, window):
-            x, key, value, counters = _one_kernel(config, blocks[i], x, rotation, mask, layer)
+        layer = {"key": cache.key[i], "value": cache.value[i], **shared}
+        stacked = jax.tree.map(lambda x: x[None], blocks[i])
+        if _fits_one_kernel(config, cache, stacked, layer["key"][None], window):
+            layer |= {name: layer[name][None] for name in ("key", "value")}
+            x, key, value, counters = _one_kernel(config, cache.ring, stacked, x, rotation, mask(window), layer)
+            key, value = key[0], value[0]
         else:
             following = list(_first_weights(config, blocks[i + 1]).values()) if i + 1 < len(blocks) else []
-            x, key, value, counters = _five_kernels(config, cache.ring, blocks[i], following, x, rotation, mask, layer)
+            arguments = config, cache.ring, blocks[i], following, x, rotation, mask(window), layer
+            x, key, value, counters = _five_kernels(*arguments)
+        shared["counters"] = counters
         keys.append(key)
         values.append(value)
     return x.whole()[:, None], tuple(keys), tuple(values)
 
 
-def _first_weights(config, params) -> dict[str, Float[Array, "D _"]]:
+def _first_weights(config, params) -> dict[str, Float[Array, "*L D _"]]:
     """Weights of a block's first product."""
     names = ("query", "probe", "key", "value") if config.attention == "parallax" else ("query", "key", "value")
-    return {name: params["attention"][name]["kernel"].reshape(config.width, -1) for name in names}
+    kernels = {name: params["attention"][name]["kernel"] for name in names}
+    return {name: x.reshape(*x.shape[:-2], -1) for name, x in kernels.items()}
 
 
-def _fits_one_kernel(config, cache: KVCache, params, x, window: int | None) -> bool:
-    """Whether Hopper's kernel takes a block: unless another is named, full attention over a contiguous cache."""
-    if config.implementation is not None or cache.ring or cache.page_table is not None or window is not None:
+def _fits_one_kernel(config, cache: KVCache, params, key, window: int | None) -> bool:
+    """Whether Hopper's kernel takes stacked blocks: a token must see all of a contiguous cache, or a ring."""
+    sees_all = window is None or cache.ring or window >= cache.capacity
+    if config.implementation is not None or cache.page_table is not None or not sees_all:
         return False
-    return _hopper().unsupported(x, _weights(config, params), cache.key[0]) is None
+    x = jax.ShapeDtypeStruct((key.shape[1], config.width), jnp.dtype(config.dtype))
+    return _hopper().unsupported(x, _weights(config, params), key) is None
 
 
 def _hopper():
@@ -111,12 +131,12 @@ def _hopper():
     return importlib.import_module("pallas_kernels.mosaic_gpu.layer")
 
 
-def _weights(config, params) -> dict[str, list[Array]]:
-    """A block's weights, product by product."""
-    attention, mlp = params["attention"], params["mlp"]
+def _weights(config, params) -> dict[str, list[Float[Array, "*L _ _"]]]:
+    """The weights of a block or of stacked ones, product by product."""
+    out, mlp = params["attention"]["out"]["kernel"], params["mlp"]
     return {
         "in": list(_first_weights(config, params).values()),
-        "out": [attention["out"]["kernel"].reshape(-1, config.width)],
+        "out": [out.reshape(*out.shape[:-3], -1, config.width)],
         "gate": [mlp["gate"]["kernel"], mlp["up"]["kernel"]],
         "down": [mlp["down"]["kernel"]],
     }
@@ -131,11 +151,11 @@ def _head_epsilon(config) -> float:
     return config.norm_eps if config.qk_norm_eps is None else config.qk_norm_eps
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _one_kernel(config, params, x, rotation, mask, cache):
-    """`parallax_jax.model.Block` of one sequence; under jit, so that the layers of a model are traced once."""
-    one_kernel, factors = _hopper(), jnp.concatenate(rotation)
-    x, parts, key, value, counters = one_kernel.layer(
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _one_kernel(config, ring, params, x, rotation, mask, cache):
+    """`parallax_jax.model.Block` of one sequence, stacked; under jit, so that the layers of a model are traced once."""
+    one_kernel = _hopper()
+    x, parts, key, value, counters = one_kernel.layers(
         x.x,
         x.parts,
         _weights(config, params),
@@ -144,9 +164,11 @@ def _one_kernel(config, params, x, rotation, mask, cache):
         cache["value"],
         cache["counters"]["layer"],
         jnp.concatenate([mask.offset, mask.lengths]),
-        {"query": factors, "probe": factors if config.probe_rope else None, "key": factors},
+        jnp.concatenate(rotation),
         epsilon=config.norm_eps,
         head_epsilon=_head_epsilon(config),
+        rotated=("query", "probe", "key") if config.probe_rope else ("query", "key"),
+        ring=ring,
     )
     stream = triton_routes.load(_KERNELS[0]).Stream(x, parts)
     return stream, key, value, cache["counters"] | {"layer": counters}

@@ -60,22 +60,31 @@ def step_text(config, batch: int) -> str:
 
 
 @pytest.mark.parametrize(
-    ("batch", "implementation", "width"),
-    [(1, None, 128), (1, None, 64), (1, "triton", 128), (5, None, 128), (64, None, 128)],
+    ("kernels", "batch", "changes"),
+    [
+        ("one", 1, {}),
+        ("one", 1, {"head_dim": 64}),
+        ("one", 1, {"local_window_size": 1024}),
+        ("one_a_block", 1, {"scan_layers": False}),
+        ("five_a_block", 1, {"scan_layers": False, "implementation": "triton"}),
+        ("five_a_block", 5, {"scan_layers": False}),
+        ("five_a_block", 64, {"scan_layers": False}),
+    ],
 )
-def test_a_step_is_kernels_alone(batch, implementation, width, capfd, monkeypatch):
-    """One a block or five, nothing between them, and the cache, which a loop over tokens carries, is not copied."""
+def test_a_step_is_kernels_alone(kernels, batch, changes, capfd, monkeypatch):
+    """Nothing lies between them, and the cache, which a loop over tokens carries, is not copied."""
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
-    config = dataclasses.replace(PAPER, num_layers=2, vocab_size=512, head_dim=width, implementation=implementation)
+    config = dataclasses.replace(PAPER, num_layers=2, vocab_size=512, **changes)
     text = step_text(config, batch)
-    in_one = batch == 1 and implementation is None
-    assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == (0 if in_one else 5 * config.num_layers)
-    assert text.count('custom_call_target="mosaic_gpu_v2"') == (config.num_layers if in_one else 0)
-    if in_one:
+    mosaic = {"one": 1, "one_a_block": config.num_layers, "five_a_block": 0}[kernels]
+    assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == (0 if mosaic else 5 * config.num_layers)
+    assert text.count('custom_call_target="mosaic_gpu_v2"') == mosaic
+    if mosaic:
         report = "".join(capfd.readouterr())
         assert set(re.findall(r"(\d+) bytes spill", report)) == {"0"}
         assert not SERIALISED.findall(report)
-    assert f"bf16[{batch},4096,8,{width}]" in text
+    shape = *([config.num_layers] if config.scan_layers else []), batch, config.local_window_size or 4096, 8
+    assert f"bf16[{','.join(map(str, shape))},{config.head_dim}]" in text
     copied = re.findall(r"= \(?(\S+?)\{?[\d,]*\}? copy(?:-start)?\(", text)
     assert set(copied) <= {"s32[]", f"s32[{batch}]", f"pred[{batch}]"}
     assert '"known_trip_count":{"n":"16"}' in text  # so the host does not wait for each token

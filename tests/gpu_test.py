@@ -243,18 +243,35 @@ def test_a_fused_step_is_as_exact_as_the_blocks(batch):
     assert errors["fused_error"] <= 1.2 * errors["blocks_error"], errors
 
 
-@pytest.mark.parametrize("length", [0, 1, 64, 1000, 1023, 1024])
-def test_a_block_in_one_kernel(length):
-    """At the paper's width; of the 16 programs that share a head's keys some have none."""
+@pytest.mark.parametrize(
+    ("length", "changes"),
+    [
+        (0, {}),
+        (1, {"num_layers": 1}),
+        (64, {"num_layers": 3, "scan_layers": False}),
+        (1000, {"num_layers": 7}),
+        (1000, {"head_dim": 64}),
+        (1000, {"attention": "softmax"}),
+        (1000, {"width": 2048, "mlp_width": 6144}),
+        (1023, {}),
+        (1024, {}),
+        (100, {"local_window_size": 512}),
+        (1300, {"local_window_size": 512}),
+    ],
+    ids=str,
+)
+def test_blocks_in_one_kernel(length, changes):
+    """At the paper's widths; of the 16 programs that share a head's keys some have none."""
     config = dataclasses.replace(decode_step.PAPER, num_layers=2, vocab_size=512)
-    mosaic_gpu_layer_test.check(config, length, 1024)
+    mosaic_gpu_layer_test.check(dataclasses.replace(config, **changes), length, 1024)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_whichever_program_merges_the_bits_are_the_same(batch):
     """Splits end in any order, programs meet in any order, and counters are left ready for the next call."""
     config = dataclasses.replace(decode_step.PAPER, num_layers=4, vocab_size=512)
-    params, cache = decode_step.random_parameters(config), decode_step.random_cache(config, batch, 2048, 2000)
+    config, params = decode_step.model(config, batch, 2048)
+    cache = decode_step.random_cache(config, batch, 2048, 2000)
     call = jax.jit(lambda token: TransformerLM(config).apply({"params": params}, token, cache=cache)[0])
     tokens = jnp.asarray([[3], [5]], jnp.int32)[:batch]
     outs = jnp.stack([call(tokens) for _ in range(300)])

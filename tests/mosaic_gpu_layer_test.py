@@ -1,4 +1,4 @@
-"""A block in one kernel for Hopper without a GPU: numerics in Pallas' interpreter, and what is shared out to whom."""
+"""Blocks in one kernel for Hopper without a GPU: numerics in Pallas' interpreter, and what is shared out to whom."""
 
 import collections
 import dataclasses
@@ -18,9 +18,7 @@ from parallax_jax.cache import init_cache, init_paged_cache
 from parallax_jax.model import ModelConfig, TransformerLM
 from tests.step_test import parameters
 
-BASE = ModelConfig(
-    64, 1, 256, 4, 2, 64, 384, rope_theta=100.0, scan_layers=False, dtype="bfloat16", param_dtype="bfloat16"
-)
+BASE = ModelConfig(64, 1, 256, 4, 2, 64, 384, rope_theta=100.0, dtype="bfloat16", param_dtype="bfloat16")
 TOKEN = np.asarray([[3]], np.int32)
 
 
@@ -31,11 +29,12 @@ def cast(tree, dtype: str):
 def filled(config: ModelConfig, length: int, capacity: int):
     """A cache of random keys and values; what lies past `length` is NaN."""
     cache, rng = init_cache(config, 1, capacity), np.random.default_rng(0)
-    there = np.arange(capacity)[:, None, None] < length
-    key, value = (
-        tuple(jnp.asarray(np.where(there, rng.normal(size=x.shape), np.nan), x.dtype) for x in several)
-        for several in (cache.key, cache.value)
-    )
+
+    def random(x):
+        there = np.arange(x.shape[-3])[:, None, None] < length
+        return jnp.asarray(np.where(there, rng.normal(size=x.shape), np.nan), x.dtype)
+
+    key, value = jax.tree.map(random, (cache.key, cache.value))
     return dataclasses.replace(cache, key=key, value=value, lengths=jnp.asarray([length], jnp.int32))
 
 
@@ -61,38 +60,44 @@ def check(config: ModelConfig, length: int, capacity: int, new: int = 1):
         with mock.patch.object(step, "runs", lambda *_: fused):
             return call(cast(params, dtype), of_dtype, jnp.asarray([new], jnp.int32))
 
-    with mock.patch.object(step, "_five_kernels", None):  # both blocks take one
+    with mock.patch.object(step, "_five_kernels", None):
         logits, ours = run(config.dtype, True)
     blocks, _ = run(config.dtype, False)
     with jax.default_matmul_precision("highest"):
         exact, plain = run("float32", False)
     # Of so few logits the rounding errors of two orders of summation differ by a half; what is wrong is off by 0.1.
     assert relative_error(logits, exact) <= 2 * relative_error(blocks, exact) + 1e-3
-    written = length + 1 if new and length < capacity else length
+    size = ours.key[0].shape[1]  # stacked or not
+    has_place = new and (ours.ring or length < size)
+    place = length % size
+    kept = np.delete(np.arange(size), [place] if has_place else [])
     for x, y, old in zip((*ours.key, *ours.value), (*plain.key, *plain.value), (*cache.key, *cache.value), strict=True):
-        np.testing.assert_array_equal(x[:, :length], old[:, :length])
-        assert np.isnan(np.asarray(x[:, written:], np.float32)).all()
-        if written > length:
-            assert relative_error(x[:, length], y[:, length]) <= 0.03
+        np.testing.assert_array_equal(*(np.asarray(y[:, kept], np.float32) for y in (x, old)))
+        if has_place:
+            assert relative_error(x[:, place], y[:, place]) <= 0.03
 
 
 # Changes to the model, the sequence's length, the cache's capacity, whether there is a new token.
 CASES = {
-    "two_layers": ({"num_layers": 2}, 200, 1024, 1),
+    "two_blocks": ({"num_layers": 2}, 200, 1024, 1),
+    "a_kernel_a_block": ({"num_layers": 2, "scan_layers": False}, 200, 1024, 1),
     "softmax": ({"attention": "softmax"}, 130, 256, 1),
     "wide_heads": ({"head_dim": 128, "num_kv_heads": 1, "width": 384}, 300, 512, 1),
     "no_norms": ({"qk_norm": False, "probe_norm": False, "probe_rope": False, "dtype": "float16"}, 65, 72, 1),
     "empty": ({}, 0, 64, 1),
     "full": ({}, 64, 64, 1),
     "no_new_token": ({}, 50, 64, 0),
+    "ring": ({"local_window_size": 200}, 530, 600, 1),
+    "ring_not_full": ({"local_window_size": 200}, 70, 600, 1),
+    "ring_no_new_token": ({"local_window_size": 200}, 530, 600, 0),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_as_exact_as_the_blocks(name, monkeypatch):
     changes, *rest = CASES[name]
-    programs = 4 if name == "two_layers" else 2
-    for function in ("layer", "unsupported"):
+    programs = 4 if changes.get("num_layers") else 2
+    for function in ("layers", "unsupported"):
         monkeypatch.setattr(kernel, function, functools.partial(getattr(kernel, function), programs=programs))
     config = dataclasses.replace(BASE, **changes)
     check(dataclasses.replace(config, param_dtype=config.dtype), *rest)
@@ -100,7 +105,7 @@ def test_as_exact_as_the_blocks(name, monkeypatch):
 
 def test_vmap_is_one_after_the_other(monkeypatch):
     """Each waits for all of its programs: side by side they could wait for ever."""
-    for function in ("layer", "unsupported"):
+    for function in ("layers", "unsupported"):
         monkeypatch.setattr(kernel, function, functools.partial(getattr(kernel, function), programs=2))
     params, several = parameters(BASE), [filled(BASE, length, 64) for length in (5, 40)]
     call, new = step_of(BASE, True), jnp.ones(1, jnp.int32)
@@ -137,14 +142,15 @@ def reason(card="NVIDIA H100 80GB HBM3", config=BASE, batch=1, page_size=None) -
         cache = init_paged_cache(config, np.zeros((batch, 1), np.int32) - 1, num_pages=1, page_size=page_size)
     answers = []
 
-    def ask(params, x):
-        answers.append(step._fits_one_kernel(config, cache, params, x, config.windows[0]))
-        answers.append(kernel.unsupported(x, step._weights(config, params), cache.key[0]))
+    def ask(params):
+        answers.append(step._fits_one_kernel(config, cache, params, cache.key, config.windows[0]))
+        x = jax.ShapeDtypeStruct((batch, config.width), jnp.dtype(config.dtype))
+        answers.append(kernel.unsupported(x, step._weights(config, params), cache.key))
 
-    params = parameters(dataclasses.replace(config, dtype="bfloat16"))["layers_0"]
+    params = parameters(dataclasses.replace(config, dtype="bfloat16"))["layers"]
     mesh = AbstractMesh((), (), abstract_device=AbstractDevice(card, num_cores=None, platform="gpu"))
     with jax.sharding.use_abstract_mesh(mesh):
-        jax.eval_shape(ask, params, jax.ShapeDtypeStruct((batch, config.width), jnp.dtype(config.dtype)))
+        jax.eval_shape(ask, params)
     fits, why = answers
     assert not (fits and why)
     return None if fits else why or ""
@@ -169,7 +175,8 @@ def reason(card="NVIDIA H100 80GB HBM3", config=BASE, batch=1, page_size=None) -
         ({"num_kv_heads": 4}, {}, "need 128 rows"),
         ({"width": 4096}, {}, "at most 2048, got 4096"),
         ({"implementation": "triton"}, {}, ""),
-        ({"local_window_size": 40}, {}, ""),
+        ({"local_window_size": 40}, {}, None),  # a ring
+        ({"local_window_size": 100}, {}, None),  # more than there is room for
     ],
     ids=str,
 )

@@ -1,8 +1,8 @@
-"""A block of the model for one new token of one sequence, in one kernel for Hopper.
+"""The model's blocks for one new token of one sequence, in one kernel for Hopper.
 
-Time is the reading of weights, keys and values. One warpgroup of a program does nothing but copy the tiles that its
-five stages read into a ring of slots, as far ahead as there is room, whatever the other one waits for. That one
-computes stage after stage; in between, programs meet at a counter in global memory, so all of them must run at once.
+Time is the reading of weights, keys and values. One warpgroup of a program does nothing but copy the tiles that it
+reads into a ring of slots, as far ahead as there is room, whatever the other one waits for. That one computes block
+after block, each in five stages; in between, programs meet at a counter in global memory, so all must run at once.
 Where processes share a GPU's cores (MPS) that is not given: a model with `implementation="triton"` does without.
 
 A product is cut into tiles of 128 rows and 64 columns. A program takes some columns of a share of the rows, and whoever
@@ -24,6 +24,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import device, tiles
 from pallas_kernels.mosaic_gpu import common, decode, registers
 
+HIDE = 1
 PROGRAMS = 128  # a power of two, and as many cores
 TILE = 128, 64  # rows and columns of weights
 SLOTS = 12  # of the ring
@@ -50,7 +51,7 @@ class Product(NamedTuple):
     @classmethod
     def of(cls, weights: Sequence[jax.Array], programs: int, shares: int | None = None) -> "Product":
         """The one with the fewest tiles for a program."""
-        depth, widths = weights[0].shape[0], tuple(w.shape[1] for w in weights)
+        depth, widths = weights[0].shape[-2], tuple(w.shape[-1] for w in weights)
         numbers = [shares] if shares else [1 << i for i in range(programs.bit_length())]
         plans = [cls(depth, widths, n, programs) for n in numbers if depth % (n * TILE[0]) == 0]
         return min(plans, key=lambda plan: (plan.share > MAX_SHARE, plan.num_tiles, plan.shares))
@@ -96,7 +97,7 @@ def _plans(weights: dict[str, Sequence[jax.Array]], programs: int, kv_heads: int
 
 
 class Norms(NamedTuple):
-    """Gains of a block's RMS norms: (D,) of the stream, (H,) of query, probe and key or None."""
+    """Gains of the blocks' RMS norms: (L, D) of the stream, (L, H) of query, probe and key or None."""
 
     attention: jax.Array
     mlp: jax.Array
@@ -127,9 +128,9 @@ def _in_pairs(size: int) -> plgpu.Layout:
 
 
 def unsupported(x, weights, key, programs: int = PROGRAMS) -> str | None:
-    """Why `layer` cannot run a block, or None; the arguments are those of `layer`, arrays or their shapes."""
-    batch, capacity, kv_heads, head_dim = key.shape
-    group = weights["out"][0].shape[0] // head_dim // kv_heads
+    """Why `layers` cannot run blocks, or None; the arguments are those of `layers`, arrays or their shapes."""
+    _, batch, capacity, kv_heads, head_dim = key.shape
+    group = weights["out"][0].shape[-2] // head_dim // kv_heads
     if x.dtype not in (jnp.bfloat16, jnp.float16):
         return f"x: needs bfloat16 or float16, got {x.dtype}"
     if x.shape[0] != 1 or batch != 1:
@@ -139,7 +140,7 @@ def unsupported(x, weights, key, programs: int = PROGRAMS) -> str | None:
     if capacity % 8:
         return f"key: needs room for a multiple of 8 keys, got {capacity}"
     matrices = [w for several in weights.values() for w in several]
-    if any(w.dtype != x.dtype or w.shape[0] % TILE[0] or w.shape[1] % TILE[1] for w in matrices):
+    if any(w.dtype != x.dtype or w.shape[-2] % TILE[0] or w.shape[-1] % TILE[1] for w in matrices):
         return f"weights: need {x.dtype} and multiples of {TILE} rows and columns"
     if x.shape[1] > MAX_WIDTH:
         return f"x: needs a width of at most {MAX_WIDTH}, got {x.shape[1]}"
@@ -151,7 +152,7 @@ def unsupported(x, weights, key, programs: int = PROGRAMS) -> str | None:
     return common.unsupported_device() or device.too_few_cores()
 
 
-def layer(
+def layers(
     x: jax.Array,
     parts: jax.Array | None,
     weights: dict[str, Sequence[jax.Array]],
@@ -160,43 +161,50 @@ def layer(
     value: jax.Array,
     counters: jax.Array,
     lengths: jax.Array,
-    rotations: dict[str, jax.Array | None],
+    rotation: jax.Array,
     *,
     epsilon: float,
     head_epsilon: float,
+    rotated: Sequence[str] = ("query", "probe", "key"),
+    ring: bool = False,
     programs: int = PROGRAMS,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Runs a block on one new token of one sequence.
+    """Runs L blocks, one after the other, on one new token of one sequence.
 
     Args:
       x: (1, D) the residual stream.
       parts: (S, D) float32, whose sum is to be added to it; None where nothing is.
-      weights: "in": (D, N H) of query and, where there is one, probe, then (D, K H) of key and value; "out": (N H, D);
-        "gate": (D, F) of gate and up projection; "down": (F, D).
+      weights: "in": (L, D, N H) of query and, where there is one, probe, then (L, D, K H) of key and value; "out":
+        (L, N H, D); "gate": (L, D, F) of gate and up projection; "down": (L, F, D).
       norms: gains.
-      key: (1, S, K, H) cached keys.
-      value: (1, S, K, H) cached values.
+      key: (L, 1, S, K, H) cached keys.
+      value: (L, 1, S, K, H) cached values.
       counters: int32 (1 + K, 32), each number in column 0 a multiple of `programs`, such as 0.
       lengths: int32 (2,), of the sequence without and with the new token; where they are the same there is none.
-      rotations: for "query", "probe" and "key" None or float32 (2, H), the factors of a dimension and of its partner.
+      rotation: float32 (2, H), the factors of a dimension and of its partner.
       epsilon: of the stream's norms.
       head_epsilon: of the heads' norms.
+      rotated: what is rotated of query, probe and key.
+      ring: token s has row s % S, so the new one takes the place of one that it does not see; else it is left out where
+        it has no place.
       programs: a power of two, of which K is a divisor. All must run at once.
 
     Returns:
-      x and parts for the next block, key, value and counters. A token without a place in the cache is left out.
+      x and parts for the block after these, key, value and counters.
     """
-    run = functools.partial(_layer, epsilon=epsilon, head_epsilon=head_epsilon, programs=programs)
-    run = jax.custom_batching.sequential_vmap(run)  # side by side there would be more programs than cores
-    return run(x, parts, weights, norms, key, value, counters, lengths, rotations)
+    options = dict(epsilon=epsilon, head_epsilon=head_epsilon, rotated=rotated, ring=ring, programs=programs)
+    run = jax.custom_batching.sequential_vmap(functools.partial(_layers, **options))  # not more programs than cores
+    return run(x, parts, weights, norms, key, value, counters, lengths, rotation)
 
 
-def _layer(x, parts, weights, norms, key, value, counters, lengths, rotations, *, epsilon, head_epsilon, programs):
+def _layers(
+    x, parts, weights, norms, key, value, counters, lengths, rotation, *, epsilon, head_epsilon, rotated, ring, programs
+):
     interpret = common.is_interpreted()
     dtype, width = x.dtype, x.shape[1]
-    _, capacity, kv_heads, head_dim = key.shape
-    group = weights["out"][0].shape[0] // head_dim // kv_heads
-    mlp_width = weights["down"][0].shape[0]
+    num_layers, _, capacity, kv_heads, head_dim = key.shape
+    group = weights["out"][0].shape[-2] // head_dim // kv_heads
+    mlp_width = weights["down"][0].shape[-2]
     names = ["query", "probe", "key", "value"] if len(weights["in"]) == 4 else ["query", "key", "value"]
     has_probe = "probe" in names
     plans = _plans(weights, programs, kv_heads)
@@ -217,25 +225,27 @@ def _layer(x, parts, weights, norms, key, value, counters, lengths, rotations, *
         "parts": parts,
         "weights": weights,
         "gains": {name: gain for name, gain in norms._asdict().items() if gain is not None},
-        "rotations": {name: factors for name, factors in rotations.items() if factors is not None},
+        "rotation": rotation,
         "lengths": lengths,
     }
 
-    def kernel(stages, tree, outputs, key_ref, value_ref, counters_ref, *refs, **scratch):
+    def kernel(stages, blocks, tree, outputs, key_ref, value_ref, counters_ref, *refs, **scratch):
         inputs, before = jax.tree.unflatten(tree, refs[: tree.num_leaves])
         buffers = before | dict(zip(outputs, refs[tree.num_leaves :], strict=True))
-        g, s, held = types.SimpleNamespace(**inputs), types.SimpleNamespace(**scratch), {}
+        g, s, now = types.SimpleNamespace(**inputs), types.SimpleNamespace(**scratch), types.SimpleNamespace()
         weight_tiles, head_tiles = (s.weights, s.heads) if interpret else s.ring
         program, thread = lax.axis_index("program"), lax.axis_index("thread")
         kv, own = lax.rem(program, kv_heads), lax.div(program, kv_heads)
         length = g.lengths[0]
-        is_new = (g.lengths[1] > length) & (length < capacity)
-        num_old = jnp.minimum(length, capacity)
+        place = lax.rem(length, capacity) if ring else length
+        is_new = (g.lengths[1] > length) & (place < capacity)
+        num_old, replaced = jnp.minimum(length, capacity), jnp.where(is_new, place, -1)
         count = jnp.maximum(1, lax.div(pl.cdiv(num_old, block) - own - 1, splits) + 1)
-        firsts, total = {}, jnp.int32(0)
+        firsts, of_block = {}, jnp.int32(0)  # the first step of each stage, and steps of a block
         for stage in stages:
-            firsts[stage] = total
-            total += 2 * count if stage == "attention" else plans[stage].num_tiles
+            firsts[stage] = of_block
+            of_block += 2 * count if stage == "attention" else plans[stage].num_tiles
+        total = len(blocks) * of_block
 
         def slot(step):
             return common.ring_slot(step, SLOTS)
@@ -251,20 +261,22 @@ def _layer(x, parts, weights, norms, key, value, counters, lengths, rotations, *
                 start = functools.partial(plgpu.copy_gmem_to_smem, source, to.at[slot(step)], s.ready.at[slot(step)])
                 pl.when(condition)(start)
 
+            number = lax.div(step, of_block)
+            of_model = blocks.start + number
             for stage in stages:
-                index = step - firsts[stage]
+                index = step - number * of_block - firsts[stage]
                 if stage == "attention":
                     first = key_of(lax.div(index, 2))
                     here = pl.ds(jnp.where(first < capacity, first, 0), block)
                     inside = (index >= 0) & (index < 2 * count)
                     for i, ref in enumerate((key_ref, value_ref)):
-                        when(inside & (lax.rem(index, 2) == i), ref.at[0, here, kv], head_tiles)
+                        when(inside & (lax.rem(index, 2) == i), ref.at[of_model, here, kv], head_tiles)
                     continue
                 plan = plans[stage]
                 row, column = plan.place(program, index)
                 inside = (index >= 0) & (index < plan.num_tiles)
                 for first, last, ref in zip(plan.firsts, plan.firsts[1:], g.weights[stage], strict=False):
-                    tile = ref.at[pl.ds(row, TILE[0]), pl.ds((column - first) * TILE[1], TILE[1])]
+                    tile = ref.at[of_model, pl.ds(row, TILE[0]), pl.ds((column - first) * TILE[1], TILE[1])]
                     when(inside & (first <= column) & (column < last), tile, weight_tiles)
 
         @pl.when(thread == 1)
@@ -283,6 +295,12 @@ def _layer(x, parts, weights, norms, key, value, counters, lengths, rotations, *
             see(lax.fori_loop(0, total, one, jnp.int32(0)), total)
             common.drain(s.free, total, SLOTS)
 
+        def meet(who, number):
+            """The number-th meeting in a block, of all or of those that share a head."""
+            if not interpret:
+                counter, size, in_block = now.counters[who]
+                registers.meet(counter, now.counts[who] + (now.number * in_block + number) * size)
+
         def load(ref, layout):
             x = ref[...] if interpret else plgpu.load(ref, layout=layout, optimized=False)
             return x.astype(jnp.float32)
@@ -294,14 +312,10 @@ def _layer(x, parts, weights, norms, key, value, counters, lengths, rotations, *
             """The sum over all shares of a product."""
             return jnp.sum(load(ref.at[:, columns], layout), axis=0)
 
-        def stream(name):
-            """The residual stream with what `name` adds to it."""
-            layout = _across(width)
-            if name == "out":
-                x, added = held["x"] if "x" in held else stream("in"), buffers["out"]
-            else:
-                x, added = load(g.x.at[0], layout.reduce(0)), g.parts
-            return x if added is None else rounded(x + rounded(added_up(added, pl.ds(0, width), layout)))
+        def add_to_stream(ref):
+            """Adds to the residual stream what a product adds to it."""
+            x = load(s.stream, _across(width).reduce(0)) + rounded(added_up(ref, pl.ds(0, width), _across(width)))
+            s.stream[...] = x.astype(dtype)
 
         def multiply(name, *vectors):
             """The program's share of a product with `vectors`: (values, index of the first of the share's, layout)."""
@@ -312,7 +326,7 @@ def _layer(x, parts, weights, norms, key, value, counters, lengths, rotations, *
             depth, share = plan.share // TILE[0], lax.rem(program, plan.shares)
 
             def one(i, _):
-                column, first = plan.block(program, i), firsts[name] + i * depth
+                column, first = plan.block(program, i), now.first + firsts[name] + i * depth
 
                 def product(sums):
                     for k in range(depth):
@@ -329,21 +343,36 @@ def _layer(x, parts, weights, norms, key, value, counters, lengths, rotations, *
 
             lax.fori_loop(0, plan.rounds, one, None)
 
-        def multiply_normed(name, x, gain):
+        def multiply_normed(name, gain):
+            x = load(s.stream, _across(width).reduce(0))
             x = x * lax.rsqrt(jnp.sum(x * x) / width + epsilon) * gain
             multiply(name, (x, plans[name].first(program), _across(width).reduce(0)))
 
         def gain_of(name):
-            return load(g.gains[name], _across(width).reduce(0))
+            return load(g.gains[name].at[now.block], _across(width).reduce(0))
 
         def inputs():
-            gain, held["x"] = gain_of("attention"), stream("in")
-            multiply_normed("in", held["x"], gain)
+            gain = gain_of("attention")
+
+            def after_another():
+                meet("all", -1)
+                add_to_stream(buffers["down"])
+
+            if len(blocks) > 1:
+                pl.when(now.number > 0)(after_another)
+            multiply_normed("in", gain)
 
         def attention():
             stats, sums = (buffers[name].at[kv] for name in ("stats", "sums"))
             half, layout = head_dim // 2, _in_each_warp(head_dim // 2)
             halves = [pl.ds(i * half, half) for i in range(2)]
+
+            gains = {
+                name: [load(g.gains[name].at[now.block, i], layout.reduce(0)) for i in halves]
+                for name in g.gains
+                if name in starts
+            }
+            meet("all", 0)
 
             # All that comes from memory before anything waits for it.
             def shares(name, index):
@@ -354,15 +383,8 @@ def _layer(x, parts, weights, norms, key, value, counters, lengths, rotations, *
             rows = [[shares(name, kv * group + i) for name in queries] for i in range(group)]
             of_key = shares("key", kv)
             of_value = load(buffers["in"].at[:, pl.ds(starts["value"] + kv * head_dim, head_dim)], _in_pairs(head_dim))
-            gains = {
-                name: [load(g.gains[name].at[i], layout.reduce(0)) for i in halves]
-                for name in g.gains
-                if name in starts
-            }
-            factors = {
-                name: [[load(ref.at[j, i], layout.reduce(0)) for j in range(2)] for i in halves]
-                for name, ref in g.rotations.items()
-            }
+
+            factors = [[load(g.rotation.at[j, i], layout.reduce(0)) for j in range(2)] for i in halves]
 
             def turned(name, both):
                 """A row of the first product in halves, normed, rotated and rounded."""
@@ -370,8 +392,8 @@ def _layer(x, parts, weights, norms, key, value, counters, lengths, rotations, *
                 if name in gains:
                     inverse = lax.rsqrt(sum(jnp.sum(x * x) for x in both) / head_dim + head_epsilon)
                     both = [x * inverse * gain for x, gain in zip(both, gains[name], strict=True)]
-                if name in factors:
-                    turns = zip(both, both[::-1], factors[name], strict=True)
+                if name in rotated:
+                    turns = zip(both, both[::-1], factors, strict=True)
                     both = [x * own + y * other for x, y, (own, other) in turns]
                 return [rounded(x) for x in both]
 
@@ -396,12 +418,12 @@ def _layer(x, parts, weights, norms, key, value, counters, lengths, rotations, *
             @pl.when((own == 0) & is_new)
             def _to_cache():
                 for columns, x in zip(halves, key, strict=True):
-                    key_ref[0, length, kv, columns] = x.astype(dtype)
-                value_ref[0, length, kv] = value.astype(dtype)
+                    key_ref[now.block, place, kv, columns] = x.astype(dtype)
+                value_ref[now.block, place, kv] = value.astype(dtype)
 
             plgpu.commit_smem()
             both = registers.gather(s.rows.at[0], s.rows.at[1 if has_probe else 0], group, interpret)
-            at = lambda name, i: slot(firsts["attention"] + 2 * i + int(name == "v"))
+            at = lambda name, i: slot(now.first + firsts["attention"] + 2 * i + int(name == "v"))
 
             def wait_for(name, i):
                 plgpu.barrier_wait(s.ready.at[at(name, i)])
@@ -412,7 +434,8 @@ def _layer(x, parts, weights, norms, key, value, counters, lengths, rotations, *
 
             def visible(i, like):
                 across = plgpu.broadcasted_iota(jnp.int32, like.shape, 1, layout=registers.HALF)
-                return across < num_old - key_of(i)
+                seen = across < num_old - key_of(i)
+                return seen & (across != replaced - key_of(i)) if ring else seen
 
             walk = decode.Walk(count, wait_for, done, visible, lambda i: num_old - key_of(i))
             options = dict(c=c, block=block, is_softmax=not has_probe, interpret=interpret)
@@ -422,6 +445,7 @@ def _layer(x, parts, weights, norms, key, value, counters, lengths, rotations, *
             registers.store_state(state, stats.at[own], sums.at[own], group, interpret)
 
         def out():
+            meet("head", 0)  # who needs a head's states has made one of them
             layout = _in_pairs(head_dim)
             stats, sums = (buffers[name].at[kv] for name in ("stats", "sums"))
 
@@ -433,14 +457,17 @@ def _layer(x, parts, weights, norms, key, value, counters, lengths, rotations, *
             multiply("out", *((merged(i), -i * head_dim, layout.reduce(0)) for i in range(group)))
 
         def gate():
-            gain, x = gain_of("mlp"), stream("out")
-            multiply_normed("gate", x, gain)
+            gain = gain_of("mlp")
+            meet("all", 1)
+            add_to_stream(buffers["out"])
+            multiply_normed("gate", gain)
 
-            @pl.when(program == 0)
+            @pl.when((program == 0) & (now.number == len(blocks) - 1))
             def _store():
-                buffers["x"][0] = x.astype(dtype)
+                buffers["x"][0] = load(s.stream, _across(width).reduce(0)).astype(dtype)
 
         def down():
+            meet("all", 2)
             share, first = plans["down"].share, plans["down"].first(program)
             layout = _across(share)
             both = (pl.ds(first + i * mlp_width, share) for i in range(2))
@@ -450,47 +477,67 @@ def _layer(x, parts, weights, norms, key, value, counters, lengths, rotations, *
         @pl.when(thread == 0)
         def _compute():
             run = {"in": inputs, "attention": attention, "out": out, "gate": gate, "down": down}
-            counters = {"all": counters_ref.at[0, 0], "head": counters_ref.at[1 + kv, 0]}
-            numbers = {"all": programs, "head": splits}
+            now.counters = {
+                "all": (counters_ref.at[0, 0], programs, 4),
+                "head": (counters_ref.at[1 + kv, 0], splits, 1),
+            }
             # As this program has added nothing yet, this rounds up to what they will be after one meeting.
-            counts = {} if interpret else {name: (x[...] | (numbers[name] - 1)) + 1 for name, x in counters.items()}
-            for i, stage in enumerate(stages):
-                if i > 0:
-                    who = "head" if stage == "out" else "all"  # who needs a head's states has made one of them
-                    registers.meet(counters[who], counts[who])
-                    counts[who] += numbers[who]
-                run[stage]()
+            now.counts = (
+                {} if interpret else {name: (ref[...] | (n - 1)) + 1 for name, (ref, n, _) in now.counters.items()}
+            )
+            s.stream[...] = load(g.x.at[0], _across(width).reduce(0)).astype(dtype)
+            if g.parts is not None:
+                add_to_stream(g.parts)
+
+            def one(number, _):
+                nonlocal program, kv, own
+                if HIDE and not interpret:
+                    program = registers.hidden(program)
+                    kv, own = lax.rem(program, kv_heads), lax.div(program, kv_heads)
+                now.number, now.block, now.first = number, blocks.start + number, number * of_block
+                for stage in stages:
+                    run[stage]()
+
+            lax.fori_loop(0, len(blocks), one, None)
 
     slots = {"weights": TILE, "heads": (block, head_dim)}
     slots = {name: common.swizzled(*shape, SLOTS, dtype=dtype) for name, shape in slots.items()}
     longest = max(plan.share for plan in plans.values())
     scratch = dict(
         row=plgpu.SMEM((registers.ROWS, longest), dtype, transforms=common.swizzle(TILE[1])),
+        stream=plgpu.SMEM((width,), dtype),
         rows=plgpu.SMEM((2, 1, group, head_dim), dtype),
         ready=plgpu.Barrier(num_barriers=SLOTS),
         free=plgpu.Barrier(num_barriers=SLOTS),
     )
     scratch |= slots if interpret else dict(ring=plgpu.RefUnion(*slots.values()))
-    refs = [jax.new_ref(x) for x in (key, value, counters)]
+    refs = [jax.new_ref(x) for x in (key[:, 0], value[:, 0], counters)]
 
-    def run(stages, before):
+    def run(stages, blocks, given, before):
         inputs, tree = jax.tree.flatten((given, before))
         outputs = {name: shape for stage in stages for name, shape in results[stage].items()}
         made = plgpu.kernel(
-            functools.partial(kernel, stages, tree, list(outputs)),
+            functools.partial(kernel, stages, blocks, tree, list(outputs)),
             out_type=tuple(outputs.values()),
             scratch_types=scratch,
             grid=(programs,),
             grid_names=("program",),
             num_threads=2,
             thread_name="thread",
-            kernel_name="block",
+            kernel_name="blocks",
             compiler_params=plgpu.CompilerParams(approx_math=True),
             interpret=plgpu.InterpretGPUParams() if interpret else False,
         )(*refs, *inputs)
         return before | dict(zip(outputs, made, strict=True))
 
-    stages, made = ("in", "attention", "out", "gate", "down"), {}
-    for several in [(stage,) for stage in stages] if interpret else [stages]:  # the interpreter has no barrier
-        made = run(several, made)
-    return made["x"], made["down"], *(ref[...] for ref in refs)
+    stages = ("in", "attention", "out", "gate", "down")
+    if interpret:  # which has no barrier: a kernel a stage
+        for i in range(num_layers):
+            made = {}
+            for stage in stages:
+                made = run((stage,), range(i, i + 1), given, made)
+            given |= {"x": made["x"], "parts": made["down"]}
+    else:
+        made = run(stages, range(num_layers), given, {})
+    key, value, counters = (ref[...] for ref in refs)
+    return made["x"], made["down"], key[:, None], value[:, None], counters

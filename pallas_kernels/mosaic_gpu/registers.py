@@ -430,3 +430,18 @@ def meet(counter_ref, count: jax.Array) -> None:
         return ()
 
     wait(counter_ref, count)
+
+
+def hidden(x: jax.Array) -> jax.Array:
+    """An int32 scalar, of which the compiler does not see that it is the same each time: nothing moves out of loops."""
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.Layout.WG_SPLAT(()),),
+        return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT(())),
+    )
+    def same(_, x):
+        i32 = ir.IntegerType.get_signless(32)
+        out = mgpu.utils.inline_ptx("mov.b32 $0, $1;", _scalar(x), result_types=i32, has_side_effects=True)
+        return mgpu.FragmentedArray.splat(out, (), is_signed=True)
+
+    return same(x)
