@@ -24,7 +24,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import device, tiles
 from pallas_kernels.mosaic_gpu import common, decode, registers
 
-HIDE = 1
 PROGRAMS = 128  # a power of two, and as many cores
 TILE = 128, 64  # rows and columns of weights
 SLOTS = 12  # of the ring
@@ -120,10 +119,10 @@ def _in_each_warp(size: int) -> plgpu.Layout:
     return plgpu.Layout.TILED(tiling, warp_dims=(copies,), lane_dims=(-2,), vector_dim=-1)
 
 
-def _in_pairs(size: int) -> plgpu.Layout:
-    """Layout of rows of 64 or 128 columns across all threads, which have two each: several threads the same."""
-    tiling = fragmented_array.Tiling(((1, size), (size // 4,), (2,)))
-    copies = fragmented_array.Replicated(256 // size)
+def _in_columns(size: int) -> plgpu.Layout:
+    """Layout of rows of 64 or 128 columns, one a thread; of 64 columns two threads have the same."""
+    tiling = fragmented_array.Tiling(((1, size), (size // 4,), (1,)))
+    copies = fragmented_array.Replicated(128 // size)
     return plgpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=(copies, -2), vector_dim=-1)
 
 
@@ -216,9 +215,9 @@ def _layers(
     float32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     results = {name: {name: float32(plan.shares, sum(plan.widths))} for name, plan in plans.items()}
     results["gate"]["x"] = jax.ShapeDtypeStruct((1, width), dtype)
-    results["attention"] = {  # the last state is the new token's
-        "stats": float32(kv_heads, splits + 1, group, 4),
-        "sums": float32(kv_heads, splits + 1, group, 1 + has_probe, head_dim),
+    results["attention"] = {
+        "stats": float32(kv_heads, splits, group, 4),
+        "sums": float32(kv_heads, splits, group, 1 + has_probe, head_dim),
     }
     given = {
         "x": x,
@@ -234,24 +233,43 @@ def _layers(
         buffers = before | dict(zip(outputs, refs[tree.num_leaves :], strict=True))
         g, s, now = types.SimpleNamespace(**inputs), types.SimpleNamespace(**scratch), types.SimpleNamespace()
         weight_tiles, head_tiles = (s.weights, s.heads) if interpret else s.ring
-        program, thread = lax.axis_index("program"), lax.axis_index("thread")
-        kv, own = lax.rem(program, kv_heads), lax.div(program, kv_heads)
-        length = g.lengths[0]
-        place = lax.rem(length, capacity) if ring else length
-        is_new = (g.lengths[1] > length) & (place < capacity)
-        num_old, replaced = jnp.minimum(length, capacity), jnp.where(is_new, place, -1)
-        count = jnp.maximum(1, lax.div(pl.cdiv(num_old, block) - own - 1, splits) + 1)
-        firsts, of_block = {}, jnp.int32(0)  # the first step of each stage, and steps of a block
-        for stage in stages:
-            firsts[stage] = of_block
-            of_block += 2 * count if stage == "attention" else plans[stage].num_tiles
-        total = len(blocks) * of_block
+        thread = lax.axis_index("thread")
+
+        def facts(program, length, end):
+            """What a program of a sequence of `length` tokens, with the new one `end`, has to know."""
+            kv, own = lax.rem(program, kv_heads), lax.div(program, kv_heads)
+            place = lax.rem(length, capacity) if ring else length
+            is_new = (end > length) & (place < capacity)
+            num_keys = jnp.minimum(length + is_new.astype(jnp.int32), capacity)
+            count = jnp.maximum(1, lax.div(pl.cdiv(num_keys, block) - own - 1, splits) + 1)
+            of_new = lax.div(place, block)  # the tile that it goes to
+            own_new = jnp.where(is_new & (lax.rem(of_new, splits) == own), lax.div(of_new, splits), -1)
+            firsts, of_block = {}, 0  # the first step of each stage, and steps of a block
+            for stage in stages:
+                firsts[stage] = of_block
+                of_block += 2 * count if stage == "attention" else plans[stage].num_tiles
+            return dict(
+                program=program,
+                kv=kv,
+                own=own,
+                place=place,
+                is_new=is_new,
+                num_keys=num_keys,
+                count=count,
+                own_new=own_new,
+                firsts=firsts,
+                of_block=of_block,
+            )
+
+        given_facts = lax.axis_index("program"), g.lengths[0], g.lengths[1]
+        f = types.SimpleNamespace(**facts(*given_facts))
+        total = len(blocks) * f.of_block
 
         def slot(step):
             return common.ring_slot(step, SLOTS)
 
-        def key_of(i):
-            """First key of the program's i-th tile of keys."""
+        def key_of(own, i):
+            """First key of a program's i-th tile of keys."""
             return (own + i * splits) * block
 
         def copy(step):
@@ -261,19 +279,19 @@ def _layers(
                 start = functools.partial(plgpu.copy_gmem_to_smem, source, to.at[slot(step)], s.ready.at[slot(step)])
                 pl.when(condition)(start)
 
-            number = lax.div(step, of_block)
+            number = lax.div(step, f.of_block)
             of_model = blocks.start + number
             for stage in stages:
-                index = step - number * of_block - firsts[stage]
+                index = step - number * f.of_block - f.firsts[stage]
                 if stage == "attention":
-                    first = key_of(lax.div(index, 2))
+                    first = key_of(f.own, lax.div(index, 2))
                     here = pl.ds(jnp.where(first < capacity, first, 0), block)
-                    inside = (index >= 0) & (index < 2 * count)
+                    inside = (index >= 0) & (index < 2 * f.count)
                     for i, ref in enumerate((key_ref, value_ref)):
-                        when(inside & (lax.rem(index, 2) == i), ref.at[of_model, here, kv], head_tiles)
+                        when(inside & (lax.rem(index, 2) == i), ref.at[of_model, here, f.kv], head_tiles)
                     continue
                 plan = plans[stage]
-                row, column = plan.place(program, index)
+                row, column = plan.place(f.program, index)
                 inside = (index >= 0) & (index < plan.num_tiles)
                 for first, last, ref in zip(plan.firsts, plan.firsts[1:], g.weights[stage], strict=False):
                     tile = ref.at[of_model, pl.ds(row, TILE[0]), pl.ds((column - first) * TILE[1], TILE[1])]
@@ -295,11 +313,18 @@ def _layers(
             see(lax.fori_loop(0, total, one, jnp.int32(0)), total)
             common.drain(s.free, total, SLOTS)
 
+        def meetings(kv):
+            """Row of the counter, and programs, of those that meet."""
+            return {"all": (0, programs), "head": (1 + kv, splits)}
+
         def meet(who, number):
             """The number-th meeting in a block, of all or of those that share a head."""
-            if not interpret:
-                counter, size, in_block = now.counters[who]
-                registers.meet(counter, now.counts[who] + (now.number * in_block + number) * size)
+            if interpret:
+                return
+            row, size = meetings(now.kv)[who]
+            of_block = 4 if who == "all" else 1
+            count = s.counts[0 if who == "all" else 1] + (now.number * of_block + number) * size
+            registers.meet(counters_ref.at[row, 0], count)
 
         def load(ref, layout):
             x = ref[...] if interpret else plgpu.load(ref, layout=layout, optimized=False)
@@ -308,6 +333,9 @@ def _layers(
         def rounded(x):
             return x.astype(dtype).astype(jnp.float32)
 
+        def store(ref, x, layout):
+            registers.put(ref, x.astype(dtype), layout.reduce(0), interpret)
+
         def added_up(ref, columns, layout):
             """The sum over all shares of a product."""
             return jnp.sum(load(ref.at[:, columns], layout), axis=0)
@@ -315,18 +343,22 @@ def _layers(
         def add_to_stream(ref):
             """Adds to the residual stream what a product adds to it."""
             x = load(s.stream, _across(width).reduce(0)) + rounded(added_up(ref, pl.ds(0, width), _across(width)))
-            s.stream[...] = x.astype(dtype)
+            store(s.stream, x, _across(width))
+
+        def held(plan):
+            """Tiles whose slots a product holds until programs have met, so that no copies hold up the meeting."""
+            return 0 if interpret else min(plan.num_tiles, SLOTS // 2)
 
         def multiply(name, *vectors):
             """The program's share of a product with `vectors`: (values, index of the first of the share's, layout)."""
             for x, first, layout in vectors:
-                registers.write_row(s.row, x.astype(dtype), first, layout, interpret)
+                registers.write_row(s.row, x.astype(dtype), layout, interpret, first=first)
             plgpu.commit_smem()
             plan = plans[name]
-            depth, share = plan.share // TILE[0], lax.rem(program, plan.shares)
+            depth, share = plan.share // TILE[0], lax.rem(now.program, plan.shares)
 
             def one(i, _):
-                column, first = plan.block(program, i), now.first + firsts[name] + i * depth
+                column, first = plan.block(now.program, i), now.first + now.firsts[name] + i * depth
 
                 def product(sums):
                     for k in range(depth):
@@ -338,15 +370,22 @@ def _layers(
                     registers.store_column(to, common.read(sums), interpret)
 
                 pl.run_scoped(product, plgpu.ACC((TILE[1], registers.ROWS), jnp.float32))
-                for k in range(depth):
-                    plgpu.barrier_arrive(s.free.at[slot(first + k)])
+                if held(plan) < plan.num_tiles:
+                    for k in range(depth):
+                        free = functools.partial(plgpu.barrier_arrive, s.free.at[slot(first + k)])
+                        pl.when(i * depth + k < plan.num_tiles - held(plan))(free)
 
             lax.fori_loop(0, plan.rounds, one, None)
+
+        def release(name, block):
+            """Gives up the slots that a product of the block whose first step is `block` has held."""
+            for k in range(plans[name].num_tiles - held(plans[name]), plans[name].num_tiles):
+                plgpu.barrier_arrive(s.free.at[slot(block + now.firsts[name] + k)])
 
         def multiply_normed(name, gain):
             x = load(s.stream, _across(width).reduce(0))
             x = x * lax.rsqrt(jnp.sum(x * x) / width + epsilon) * gain
-            multiply(name, (x, plans[name].first(program), _across(width).reduce(0)))
+            multiply(name, (x, plans[name].first(now.program), _across(width).reduce(0)))
 
         def gain_of(name):
             return load(g.gains[name].at[now.block], _across(width).reduce(0))
@@ -356,6 +395,7 @@ def _layers(
 
             def after_another():
                 meet("all", -1)
+                release("down", now.first - now.of_block)
                 add_to_stream(buffers["down"])
 
             if len(blocks) > 1:
@@ -363,8 +403,8 @@ def _layers(
             multiply_normed("in", gain)
 
         def attention():
-            stats, sums = (buffers[name].at[kv] for name in ("stats", "sums"))
-            half, layout = head_dim // 2, _in_each_warp(head_dim // 2)
+            stats, sums = (buffers[name].at[now.kv] for name in ("stats", "sums"))
+            half, layout, of_pairs = head_dim // 2, _in_each_warp(head_dim // 2), _in_columns(head_dim)
             halves = [pl.ds(i * half, half) for i in range(2)]
 
             gains = {
@@ -372,7 +412,9 @@ def _layers(
                 for name in g.gains
                 if name in starts
             }
+            factors = [[load(g.rotation.at[j, i], layout.reduce(0)) for j in range(2)] for i in halves]
             meet("all", 0)
+            release("in", now.first)
 
             # All that comes from memory before anything waits for it.
             def shares(name, index):
@@ -380,11 +422,11 @@ def _layers(
                 return [load(buffers["in"].at[:, pl.ds(first + i * half, half)], layout) for i in range(2)]
 
             queries = names[: 1 + has_probe]
-            rows = [[shares(name, kv * group + i) for name in queries] for i in range(group)]
-            of_key = shares("key", kv)
-            of_value = load(buffers["in"].at[:, pl.ds(starts["value"] + kv * head_dim, head_dim)], _in_pairs(head_dim))
-
-            factors = [[load(g.rotation.at[j, i], layout.reduce(0)) for j in range(2)] for i in halves]
+            rows = [[shares(name, now.kv * group + i) for name in queries] for i in range(group)]
+            of_key = shares("key", now.kv)
+            of_value = load(
+                buffers["in"].at[:, pl.ds(starts["value"] + now.kv * head_dim, head_dim)], _in_columns(head_dim)
+            )
 
             def turned(name, both):
                 """A row of the first product in halves, normed, rotated and rounded."""
@@ -395,59 +437,60 @@ def _layers(
                 if name in rotated:
                     turns = zip(both, both[::-1], factors, strict=True)
                     both = [x * own + y * other for x, y, (own, other) in turns]
-                return [rounded(x) for x in both]
+                return [x.astype(dtype) for x in both]
 
-            key, value = turned("key", of_key), rounded(jnp.sum(of_value, axis=0))
+            key, value = turned("key", of_key), jnp.sum(of_value, axis=0).astype(dtype)
             for i in range(group):
-                dots = []
                 for j, name in enumerate(queries):
-                    both = turned(name, rows[i][j])
-                    for columns, x in zip(halves, both, strict=True):
-                        s.rows[j, 0, i, columns] = x.astype(dtype)
-                    dots.append(sum(jnp.sum(x * y) for x, y in zip(both, key, strict=True)))
+                    for columns, x in zip(halves, turned(name, rows[i][j]), strict=True):
+                        store(s.rows.at[j, 0, i, columns], x, layout)
 
-                @pl.when(own == 0)
-                def _store_new(i=i, dots=dots):
-                    m, d1 = jnp.where(is_new, c * dots[0], -jnp.inf), jnp.where(is_new, 1.0, 0.0)
-                    for n, x in enumerate((m, d1, *dots[1:])):
-                        stats[splits, i, n] = x
-                    sums[splits, i, 0] = value
-                    if has_probe:
-                        sums[splits, i, 1] = value * 0.0  # zeros in its layout
-
-            @pl.when((own == 0) & is_new)
+            @pl.when((now.own == 0) & now.is_new)
             def _to_cache():
                 for columns, x in zip(halves, key, strict=True):
-                    key_ref[now.block, place, kv, columns] = x.astype(dtype)
-                value_ref[now.block, place, kv] = value.astype(dtype)
+                    store(key_ref.at[now.block, now.place, now.kv, columns], x, layout)
+                store(value_ref.at[now.block, now.place, now.kv], value, of_pairs)
 
             plgpu.commit_smem()
             both = registers.gather(s.rows.at[0], s.rows.at[1 if has_probe else 0], group, interpret)
-            at = lambda name, i: slot(now.first + firsts["attention"] + 2 * i + int(name == "v"))
+            at = lambda name, i: slot(now.first + now.firsts["attention"] + 2 * i + int(name == "v"))
 
             def wait_for(name, i):
                 plgpu.barrier_wait(s.ready.at[at(name, i)])
-                return head_tiles.at[at(name, i)]
+                tile = head_tiles.at[at(name, i)]
+
+                @pl.when(i == now.own_new)
+                def _insert():
+                    write = functools.partial(
+                        registers.write_row, tile, interpret=interpret, row=now.place - key_of(now.own, i)
+                    )
+                    if name == "v":
+                        write(value, of_pairs.reduce(0))
+                    else:
+                        for j, x in enumerate(key):
+                            write(x, layout.reduce(0), first=-j * half)
+                    plgpu.commit_smem()
+
+                return tile
 
             def done(name, i):
                 plgpu.barrier_arrive(s.free.at[at(name, i)])
 
             def visible(i, like):
                 across = plgpu.broadcasted_iota(jnp.int32, like.shape, 1, layout=registers.HALF)
-                seen = across < num_old - key_of(i)
-                return seen & (across != replaced - key_of(i)) if ring else seen
+                return across < now.num_keys - key_of(now.own, i)
 
-            walk = decode.Walk(count, wait_for, done, visible, lambda i: num_old - key_of(i))
+            walk = decode.Walk(now.count, wait_for, done, visible, lambda i: now.num_keys - key_of(now.own, i))
             options = dict(c=c, block=block, is_softmax=not has_probe, interpret=interpret)
             run = functools.partial(decode.attend, both, walk, **options)
             state = pl.run_scoped(run, *common.accumulators(head_dim, block))
-            done("v", count - 1)
-            registers.store_state(state, stats.at[own], sums.at[own], group, interpret)
+            done("v", now.count - 1)
+            registers.store_state(state, stats.at[now.own], sums.at[now.own], group, interpret)
 
         def out():
             meet("head", 0)  # who needs a head's states has made one of them
-            layout = _in_pairs(head_dim)
-            stats, sums = (buffers[name].at[kv] for name in ("stats", "sums"))
+            layout = _in_columns(head_dim)
+            stats, sums = (buffers[name].at[now.kv] for name in ("stats", "sums"))
 
             def merged(i):
                 m, d1, *t_mean = (load(stats.at[:, i, n], layout.reduce(1)) for n in range(2 + has_probe))
@@ -459,16 +502,18 @@ def _layers(
         def gate():
             gain = gain_of("mlp")
             meet("all", 1)
+            release("out", now.first)
             add_to_stream(buffers["out"])
             multiply_normed("gate", gain)
 
-            @pl.when((program == 0) & (now.number == len(blocks) - 1))
+            @pl.when((now.program == 0) & (now.number == len(blocks) - 1))
             def _store():
-                buffers["x"][0] = load(s.stream, _across(width).reduce(0)).astype(dtype)
+                store(buffers["x"].at[0], load(s.stream, _across(width).reduce(0)), _across(width))
 
         def down():
             meet("all", 2)
-            share, first = plans["down"].share, plans["down"].first(program)
+            release("gate", now.first)
+            share, first = plans["down"].share, plans["down"].first(now.program)
             layout = _across(share)
             both = (pl.ds(first + i * mlp_width, share) for i in range(2))
             gate, up = (rounded(added_up(buffers["gate"], columns, layout)) for columns in both)
@@ -477,28 +522,24 @@ def _layers(
         @pl.when(thread == 0)
         def _compute():
             run = {"in": inputs, "attention": attention, "out": out, "gate": gate, "down": down}
-            now.counters = {
-                "all": (counters_ref.at[0, 0], programs, 4),
-                "head": (counters_ref.at[1 + kv, 0], splits, 1),
-            }
-            # As this program has added nothing yet, this rounds up to what they will be after one meeting.
-            now.counts = (
-                {} if interpret else {name: (ref[...] | (n - 1)) + 1 for name, (ref, n, _) in now.counters.items()}
-            )
-            s.stream[...] = load(g.x.at[0], _across(width).reduce(0)).astype(dtype)
+            # As this program has added nothing yet, these round up to what they will be after one meeting.
+            for i, (row, size) in enumerate(meetings(f.kv).values() if not interpret else ()):
+                s.counts[i] = (counters_ref[row, 0] | (size - 1)) + 1
+            store(s.stream, load(g.x.at[0], _across(width).reduce(0)), _across(width))
             if g.parts is not None:
                 add_to_stream(g.parts)
 
             def one(number, _):
-                nonlocal program, kv, own
-                if HIDE and not interpret:
-                    program = registers.hidden(program)
-                    kv, own = lax.rem(program, kv_heads), lax.div(program, kv_heads)
-                now.number, now.block, now.first = number, blocks.start + number, number * of_block
                 for stage in stages:
+                    # Worked out anew, so that no registers hold it from stage to stage.
+                    hidden = given_facts if interpret else [registers.hidden(x) for x in given_facts]
+                    now.__dict__.update(facts(*hidden))
+                    now.number, now.block, now.first = number, blocks.start + number, number * now.of_block
                     run[stage]()
 
             lax.fori_loop(0, len(blocks), one, None)
+            now.__dict__.update(vars(f))
+            release("down", total - f.of_block)
 
     slots = {"weights": TILE, "heads": (block, head_dim)}
     slots = {name: common.swizzled(*shape, SLOTS, dtype=dtype) for name, shape in slots.items()}
@@ -506,6 +547,7 @@ def _layers(
     scratch = dict(
         row=plgpu.SMEM((registers.ROWS, longest), dtype, transforms=common.swizzle(TILE[1])),
         stream=plgpu.SMEM((width,), dtype),
+        counts=plgpu.SMEM((2,), jnp.int32),
         rows=plgpu.SMEM((2, 1, group, head_dim), dtype),
         ready=plgpu.Barrier(num_barriers=SLOTS),
         free=plgpu.Barrier(num_barriers=SLOTS),

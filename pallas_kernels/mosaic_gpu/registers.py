@@ -333,30 +333,41 @@ def store_state(state: tiles.State, stats_ref, sums_ref, rows: int, interpret: b
     write(stats, sums, stats_ref, sums_ref)
 
 
-def write_row(ref, x: jax.Array, first: jax.Array, layout, interpret: bool) -> None:
-    """Writes a part of x to row 0 of a tile for matrix instructions; `plgpu.commit_smem` has to follow.
+def write_row(ref, x: jax.Array, layout, interpret: bool, *, row=0, first=0) -> None:
+    """Writes a part of x to a row of a tile for matrix instructions; `plgpu.commit_smem` has to follow.
 
     Args:
-      ref: (8, columns) in shared memory, in lines of 64 columns; what the other rows hold is of no account to row 0.
+      ref: (rows, columns) in shared memory, in lines of 64 columns.
       x: (n,), of which [first, first + columns) is written as far as it lies in x.
-      first: may be negative.
       layout: of x, plgpu.Layout.WG_STRIDED or TILED.
       interpret: whether Pallas' interpreter runs.
+      row: of the tile.
+      first: may be negative.
     """
     columns = ref.shape[1]
     if interpret:
         index = first + jnp.arange(columns)
         inside = (index >= 0) & (index < x.size)
-        ref[0] = jnp.where(inside, jnp.take(x, jnp.clip(index, 0, x.size - 1)), ref[0])
+        ref[row] = jnp.where(inside, jnp.take(x, jnp.clip(index, 0, x.size - 1)), ref[row])
         return
+    traced = {name: x for name, x in (("row", row), ("first", first)) if not isinstance(x, int)}
+    splats = dict.fromkeys(traced, plgpu.Layout.WG_SPLAT(()))
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(common.swizzle(64)), layout, plgpu.Layout.WG_SPLAT(())))
-    def write(_, ref, x, first):
-        base, i32 = _shared_address(ref), ir.IntegerType.get_signless(32)
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(common.swizzle(64)), layout, splats))
+    def write(_, ref, x, traced):
+        i32 = ir.IntegerType.get_signless(32)
+        row_, first_ = (
+            _scalar(traced[name]) if name in traced else _i32(x) for name, x in (("row", row), ("first", first))
+        )
+        of_eight = arith.remui(row_, _i32(8))  # rows, which lie 128 bytes after one another
+        base = arith.addi(_shared_address(ref), arith.muli(of_eight, _i32(128)))
+        eight = arith.muli(arith.divui(row_, _i32(8)), _i32(columns // 64 * 1024))
+        base, swizzle = arith.addi(base, eight), arith.muli(of_eight, _i32(16))
         for (index,), register in zip(x.layout.thread_idxs(x.shape), x.registers.flat, strict=True):
-            column = arith.subi(arith.index_cast(i32, index), _scalar(first))
+            column = arith.subi(arith.index_cast(i32, index), first_)
             line, of_line = arith.divui(column, _i32(64)), arith.remui(column, _i32(64))
-            at = arith.addi(arith.muli(line, _i32(8 * 128)), arith.muli(of_line, _i32(2)))  # row 0: no swizzle
+            of_line = arith.xori(arith.muli(of_line, _i32(2)), swizzle)
+            at = arith.addi(arith.muli(line, _i32(8 * 128)), of_line)
             size = ir.VectorType(register.type).shape[0]
             word = ir.IntegerType.get_signless(16 * size)
             bits = llvm.bitcast(word, register)
@@ -369,7 +380,25 @@ def write_row(ref, x: jax.Array, first: jax.Array, layout, interpret: bool) -> N
             )
         return ()
 
-    write(ref, x, first)
+    write(ref, x, traced)
+
+
+def put(ref, x: jax.Array, layout, interpret: bool) -> None:
+    """Stores x, (n,), to a row in shared or global memory, without a barrier."""
+    if interpret:
+        ref[...] = x
+        return
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout))
+    def store(_, ref, x):
+        base = _pointer(ref)
+        for (index,), register in zip(x.layout.thread_idxs(x.shape), x.registers.flat, strict=True):
+            index = arith.index_cast(ir.IntegerType.get_signless(32), index)
+            at = mgpu.utils.getelementptr(base, [index], ir.MemRefType(ref.type).element_type)
+            llvm.store(register, at)
+        return ()
+
+    store(ref, x)
 
 
 def store_column(ref, x: jax.Array, interpret: bool) -> None:
