@@ -64,7 +64,7 @@ def step_text(config, batch: int) -> str:
     [
         ("one", 1, {}),
         ("one", 1, {"head_dim": 64}),
-        ("one", 1, {"local_window_size": 1024}),
+        ("one", 1, {"local_window_size": 2048}),
         ("one_a_block", 1, {"scan_layers": False}),
         ("five_a_block", 1, {"scan_layers": False, "implementation": "triton"}),
         ("five_a_block", 5, {"scan_layers": False}),

@@ -323,7 +323,7 @@ def _layers(
                 return
             row, size = meetings(now.kv)[who]
             of_block = 4 if who == "all" else 1
-            count = s.counts[0 if who == "all" else 1] + (now.number * of_block + number) * size
+            count = s.kept[0 if who == "all" else 1] + (now.number * of_block + number) * size
             registers.meet(counters_ref.at[row, 0], count)
 
         def load(ref, layout):
@@ -412,7 +412,6 @@ def _layers(
                 for name in g.gains
                 if name in starts
             }
-            factors = [[load(g.rotation.at[j, i], layout.reduce(0)) for j in range(2)] for i in halves]
             meet("all", 0)
             release("in", now.first)
 
@@ -428,6 +427,8 @@ def _layers(
                 buffers["in"].at[:, pl.ds(starts["value"] + now.kv * head_dim, head_dim)], _in_columns(head_dim)
             )
 
+            factors = [[load(g.rotation.at[j, i], layout.reduce(0)) for j in range(2)] for i in halves]
+
             def turned(name, both):
                 """A row of the first product in halves, normed, rotated and rounded."""
                 both = [rounded(jnp.sum(x, axis=0)) for x in both]
@@ -439,17 +440,26 @@ def _layers(
                     both = [x * own + y * other for x, y, (own, other) in turns]
                 return [x.astype(dtype) for x in both]
 
-            key, value = turned("key", of_key), jnp.sum(of_value, axis=0).astype(dtype)
+            for columns, x in zip(halves, turned("key", of_key), strict=True):
+                store(s.new.at[0, columns], x, layout)
+            store(s.new.at[1], jnp.sum(of_value, axis=0), of_pairs)
             for i in range(group):
                 for j, name in enumerate(queries):
                     for columns, x in zip(halves, turned(name, rows[i][j]), strict=True):
                         store(s.rows.at[j, 0, i, columns], x, layout)
+            columns_of = {"k": [(x, layout) for x in halves], "v": [(pl.ds(0, head_dim), of_pairs)]}
+
+            def new(name, columns, layout):
+                """A part of the new key or value, which the thread itself has stored."""
+                x = s.new.at["kv".index(name), columns]
+                return x[...] if interpret else plgpu.load(x, layout=layout.reduce(0), optimized=False)
 
             @pl.when((now.own == 0) & now.is_new)
             def _to_cache():
-                for columns, x in zip(halves, key, strict=True):
-                    store(key_ref.at[now.block, now.place, now.kv, columns], x, layout)
-                store(value_ref.at[now.block, now.place, now.kv], value, of_pairs)
+                for name, ref in (("k", key_ref), ("v", value_ref)):
+                    for columns, layout in columns_of[name]:
+                        to = ref.at[now.block, now.place, now.kv, columns]
+                        store(to, new(name, columns, layout), layout)
 
             plgpu.commit_smem()
             both = registers.gather(s.rows.at[0], s.rows.at[1 if has_probe else 0], group, interpret)
@@ -461,14 +471,10 @@ def _layers(
 
                 @pl.when(i == now.own_new)
                 def _insert():
-                    write = functools.partial(
-                        registers.write_row, tile, interpret=interpret, row=now.place - key_of(now.own, i)
-                    )
-                    if name == "v":
-                        write(value, of_pairs.reduce(0))
-                    else:
-                        for j, x in enumerate(key):
-                            write(x, layout.reduce(0), first=-j * half)
+                    row = now.place - key_of(now.own, i)
+                    for columns, layout in columns_of[name]:
+                        x = new(name, columns, layout)
+                        registers.write_row(tile, x, layout.reduce(0), interpret, row=row, first=-columns.start)
                     plgpu.commit_smem()
 
                 return tile
@@ -522,9 +528,11 @@ def _layers(
         @pl.when(thread == 0)
         def _compute():
             run = {"in": inputs, "attention": attention, "out": out, "gate": gate, "down": down}
-            # As this program has added nothing yet, these round up to what they will be after one meeting.
-            for i, (row, size) in enumerate(meetings(f.kv).values() if not interpret else ()):
-                s.counts[i] = (counters_ref[row, 0] | (size - 1)) + 1
+            if not interpret:
+                # As this program has added nothing yet, these round up to what they will be after one meeting.
+                counts = [(counters_ref[row, 0] | (size - 1)) + 1 for row, size in meetings(f.kv).values()]
+                for i, x in enumerate((*counts, *given_facts[1:])):
+                    s.kept[i] = x
             store(s.stream, load(g.x.at[0], _across(width).reduce(0)), _across(width))
             if g.parts is not None:
                 add_to_stream(g.parts)
@@ -532,8 +540,8 @@ def _layers(
             def one(number, _):
                 for stage in stages:
                     # Worked out anew, so that no registers hold it from stage to stage.
-                    hidden = given_facts if interpret else [registers.hidden(x) for x in given_facts]
-                    now.__dict__.update(facts(*hidden))
+                    known = given_facts if interpret else (registers.hidden(given_facts[0]), s.kept[2], s.kept[3])
+                    now.__dict__.update(facts(*known))
                     now.number, now.block, now.first = number, blocks.start + number, number * now.of_block
                     run[stage]()
 
@@ -547,7 +555,8 @@ def _layers(
     scratch = dict(
         row=plgpu.SMEM((registers.ROWS, longest), dtype, transforms=common.swizzle(TILE[1])),
         stream=plgpu.SMEM((width,), dtype),
-        counts=plgpu.SMEM((2,), jnp.int32),
+        new=plgpu.SMEM((2, head_dim), dtype),
+        kept=plgpu.SMEM((4,), jnp.int32),
         rows=plgpu.SMEM((2, 1, group, head_dim), dtype),
         ready=plgpu.Barrier(num_barriers=SLOTS),
         free=plgpu.Barrier(num_barriers=SLOTS),
