@@ -340,10 +340,14 @@ def _layers(
             """The sum over all shares of a product."""
             return jnp.sum(load(ref.at[:, columns], layout), axis=0)
 
+        def set_stream(x):
+            store(s.stream, x, _across(width))
+            plgpu.commit_smem()
+
         def add_to_stream(ref):
             """Adds to the residual stream what a product adds to it."""
-            x = load(s.stream, _across(width).reduce(0)) + rounded(added_up(ref, pl.ds(0, width), _across(width)))
-            store(s.stream, x, _across(width))
+            layout = _across(width)
+            set_stream(load(s.stream, layout.reduce(0)) + rounded(added_up(ref, pl.ds(0, width), layout)))
 
         def held(plan):
             """Tiles whose slots a product holds until programs have met, so that no copies hold up the meeting."""
@@ -450,9 +454,12 @@ def _layers(
             columns_of = {"k": [(x, layout) for x in halves], "v": [(pl.ds(0, head_dim), of_pairs)]}
 
             def new(name, columns, layout):
-                """A part of the new key or value, which the thread itself has stored."""
+                """A part of the new key or value."""
                 x = s.new.at["kv".index(name), columns]
                 return x[...] if interpret else plgpu.load(x, layout=layout.reduce(0), optimized=False)
+
+            plgpu.commit_smem()
+            both = registers.gather(s.rows.at[0], s.rows.at[1 if has_probe else 0], group, interpret)
 
             @pl.when((now.own == 0) & now.is_new)
             def _to_cache():
@@ -461,8 +468,6 @@ def _layers(
                         to = ref.at[now.block, now.place, now.kv, columns]
                         store(to, new(name, columns, layout), layout)
 
-            plgpu.commit_smem()
-            both = registers.gather(s.rows.at[0], s.rows.at[1 if has_probe else 0], group, interpret)
             at = lambda name, i: slot(now.first + now.firsts["attention"] + 2 * i + int(name == "v"))
 
             def wait_for(name, i):
@@ -533,7 +538,7 @@ def _layers(
                 counts = [(counters_ref[row, 0] | (size - 1)) + 1 for row, size in meetings(f.kv).values()]
                 for i, x in enumerate((*counts, *given_facts[1:])):
                     s.kept[i] = x
-            store(s.stream, load(g.x.at[0], _across(width).reduce(0)), _across(width))
+            set_stream(load(g.x.at[0], _across(width).reduce(0)))
             if g.parts is not None:
                 add_to_stream(g.parts)
 
