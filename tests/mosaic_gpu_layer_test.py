@@ -16,6 +16,7 @@ from pallas_kernels.mosaic_gpu import layer as kernel
 from parallax_jax import step
 from parallax_jax.cache import init_cache, init_paged_cache
 from parallax_jax.model import ModelConfig, TransformerLM
+from parallax_jax.sampling import Sampling, for_decoding, generate
 from tests.step_test import parameters
 
 BASE = ModelConfig(64, 1, 256, 4, 2, 64, 384, rope_theta=100.0, dtype="bfloat16", param_dtype="bfloat16")
@@ -115,6 +116,46 @@ def test_vmap_is_one_after_the_other(monkeypatch):
     mapped = jax.vmap(lambda cache: call(params, cache, new)[0])
     np.testing.assert_allclose(mapped(stacked), jnp.stack(alone), rtol=1e-4, atol=1e-5)  # the last product's order
     assert set(re.findall(r"grid=\([^)]*\)", str(jax.make_jaxpr(mapped)(stacked)))) == {"grid=(2,)"}
+
+
+@pytest.mark.parametrize("window", [None, 16])
+def test_generation_is_greedy(window, monkeypatch):
+    """Prompt and generation outgrow the window, the layers stay stacked, and every token is the likeliest."""
+    for function in ("layers", "unsupported"):
+        monkeypatch.setattr(kernel, function, functools.partial(getattr(kernel, function), programs=2))
+    monkeypatch.setattr(step, "runs", lambda config, params, tokens, cache: tokens.shape == (1, 1))
+    monkeypatch.setattr(step, "_five_kernels", None)
+    config = dataclasses.replace(BASE, num_layers=2, local_window_size=window)
+    params, prompt = parameters(config), list(range(3, 14))
+    (tokens,) = generate(config, params, [prompt], max_new_tokens=9, sampling=Sampling(temperature=0))
+    exact = TransformerLM(dataclasses.replace(config, dtype="float32", implementation="reference"))
+    logits = exact.apply({"params": cast(params, "float32")}, jnp.asarray([prompt + tokens[:-1]], jnp.int32))[0, 10:]
+    behind = logits.max(axis=-1) - jnp.take_along_axis(logits, jnp.asarray(tokens)[:, None], axis=-1)[:, 0]
+    assert float(behind.max()) <= 0.05 * float(jnp.abs(logits).max())
+
+
+@pytest.mark.parametrize(
+    ("changes", "call", "stacked"),
+    [
+        ({}, {}, True),
+        ({"local_window_size": 40}, {}, True),
+        ({}, {"batch": 2}, False),
+        ({}, {"card": "NVIDIA A100-SXM4-80GB"}, False),
+        ({"use_bias": True}, {}, False),
+        ({"dtype": "float32"}, {}, False),
+        ({"scan_layers": False}, {}, False),
+    ],
+    ids=str,
+)
+def test_layers_stay_stacked_for_one_kernel(changes, call, stacked):
+    config, card = dataclasses.replace(BASE, num_layers=2, **changes), call.get("card", "NVIDIA H100 80GB HBM3")
+    mesh = AbstractMesh((), (), abstract_device=AbstractDevice(card, num_cores=None, platform="gpu"))
+    params, cache = parameters(config), init_cache(config, call.get("batch", 1), 64)
+    with jax.sharding.use_abstract_mesh(mesh):
+        laid_out, _ = for_decoding(config, params, cache)
+        assert laid_out.scan_layers == stacked
+        one_by_one = dataclasses.replace(cache, key=tuple(cache.key), value=tuple(cache.value))
+        assert not for_decoding(config, params, one_by_one)[0].scan_layers
 
 
 @pytest.mark.parametrize(

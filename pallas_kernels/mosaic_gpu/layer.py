@@ -5,6 +5,9 @@ reads into a ring of slots, as far ahead as there is room, whatever the other on
 after block, each in five stages; in between, programs meet at a counter in global memory, so all must run at once.
 Where processes share a GPU's cores (MPS) that is not given: a model with `implementation="triton"` does without.
 
+Registers are what is scarce: after a meeting, what has been spilled comes from the second-level cache. So what every
+stage has to know is worked out anew in each, and what outlives a stage lies in shared memory.
+
 A product is cut into tiles of 128 rows and 64 columns. A program takes some columns of a share of the rows, and whoever
 needs the product adds up the shares.
 """
@@ -261,8 +264,8 @@ def _layers(
                 of_block=of_block,
             )
 
-        given_facts = lax.axis_index("program"), g.lengths[0], g.lengths[1]
-        f = types.SimpleNamespace(**facts(*given_facts))
+        start = lax.axis_index("program"), g.lengths[0], g.lengths[1]
+        f = types.SimpleNamespace(**facts(*start))
         total = len(blocks) * f.of_block
 
         def slot(step):
@@ -353,7 +356,12 @@ def _layers(
             """Tiles whose slots a product holds until programs have met, so that no copies hold up the meeting."""
             return 0 if interpret else min(plan.num_tiles, SLOTS // 2)
 
-        def multiply(name, *vectors):
+        def some_heads(shares):
+            """The heads of the program's group, as many at once as registers have room for."""
+            at_once = max(1, 8 // shares)
+            return [range(i, min(i + at_once, group)) for i in range(0, group, at_once)]
+
+        def multiply(name, vectors):
             """The program's share of a product with `vectors`: (values, index of the first of the share's, layout)."""
             for x, first, layout in vectors:
                 registers.write_row(s.row, x.astype(dtype), layout, interpret, first=first)
@@ -389,7 +397,7 @@ def _layers(
         def multiply_normed(name, gain):
             x = load(s.stream, _across(width).reduce(0))
             x = x * lax.rsqrt(jnp.sum(x * x) / width + epsilon) * gain
-            multiply(name, (x, plans[name].first(now.program), _across(width).reduce(0)))
+            multiply(name, [(x, plans[name].first(now.program), _across(width).reduce(0))])
 
         def gain_of(name):
             return load(g.gains[name].at[now.block], _across(width).reduce(0))
@@ -408,7 +416,7 @@ def _layers(
 
         def attention():
             stats, sums = (buffers[name].at[now.kv] for name in ("stats", "sums"))
-            half, layout, of_pairs = head_dim // 2, _in_each_warp(head_dim // 2), _in_columns(head_dim)
+            half, layout, of_columns = head_dim // 2, _in_each_warp(head_dim // 2), _in_columns(head_dim)
             halves = [pl.ds(i * half, half) for i in range(2)]
 
             gains = {
@@ -424,13 +432,11 @@ def _layers(
                 first = starts[name] + index * head_dim
                 return [load(buffers["in"].at[:, pl.ds(first + i * half, half)], layout) for i in range(2)]
 
-            queries = names[: 1 + has_probe]
-            rows = [[shares(name, now.kv * group + i) for name in queries] for i in range(group)]
+            queries, (first, *others) = names[: 1 + has_probe], some_heads(plans["in"].shares)
+            rows_of = lambda heads: [[shares(name, now.kv * group + i) for name in queries] for i in heads]
+            rows = rows_of(first)
             of_key = shares("key", now.kv)
-            of_value = load(
-                buffers["in"].at[:, pl.ds(starts["value"] + now.kv * head_dim, head_dim)], _in_columns(head_dim)
-            )
-
+            of_value = load(buffers["in"].at[:, pl.ds(starts["value"] + now.kv * head_dim, head_dim)], of_columns)
             factors = [[load(g.rotation.at[j, i], layout.reduce(0)) for j in range(2)] for i in halves]
 
             def turned(name, both):
@@ -446,12 +452,13 @@ def _layers(
 
             for columns, x in zip(halves, turned("key", of_key), strict=True):
                 store(s.new.at[0, columns], x, layout)
-            store(s.new.at[1], jnp.sum(of_value, axis=0), of_pairs)
-            for i in range(group):
-                for j, name in enumerate(queries):
-                    for columns, x in zip(halves, turned(name, rows[i][j]), strict=True):
-                        store(s.rows.at[j, 0, i, columns], x, layout)
-            columns_of = {"k": [(x, layout) for x in halves], "v": [(pl.ds(0, head_dim), of_pairs)]}
+            store(s.new.at[1], jnp.sum(of_value, axis=0), of_columns)
+            for heads in (first, *others):
+                for i, row in zip(heads, rows if heads == first else rows_of(heads), strict=True):
+                    for j, name in enumerate(queries):
+                        for columns, x in zip(halves, turned(name, row[j]), strict=True):
+                            store(s.rows.at[j, 0, i, columns], x, layout)
+            parts_of = {"k": [(x, layout) for x in halves], "v": [(pl.ds(0, head_dim), of_columns)]}
 
             def new(name, columns, layout):
                 """A part of the new key or value."""
@@ -464,9 +471,8 @@ def _layers(
             @pl.when((now.own == 0) & now.is_new)
             def _to_cache():
                 for name, ref in (("k", key_ref), ("v", value_ref)):
-                    for columns, layout in columns_of[name]:
-                        to = ref.at[now.block, now.place, now.kv, columns]
-                        store(to, new(name, columns, layout), layout)
+                    for columns, layout in parts_of[name]:
+                        store(ref.at[now.block, now.place, now.kv, columns], new(name, columns, layout), layout)
 
             at = lambda name, i: slot(now.first + now.firsts["attention"] + 2 * i + int(name == "v"))
 
@@ -477,7 +483,7 @@ def _layers(
                 @pl.when(i == now.own_new)
                 def _insert():
                     row = now.place - key_of(now.own, i)
-                    for columns, layout in columns_of[name]:
+                    for columns, layout in parts_of[name]:
                         x = new(name, columns, layout)
                         registers.write_row(tile, x, layout.reduce(0), interpret, row=row, first=-columns.start)
                     plgpu.commit_smem()
@@ -508,7 +514,10 @@ def _layers(
                 o1, *o2 = (load(sums.at[:, i, n], layout) for n in range(1 + has_probe))
                 return tiles.merged_output(tiles.State(m, d1, *(t_mean or [None]), o1, *(o2 or [None])))
 
-            multiply("out", *((merged(i), -i * head_dim, layout.reduce(0)) for i in range(group)))
+            outputs = (
+                (i, x) for heads in some_heads(4) for i, x in zip(heads, [merged(i) for i in heads], strict=True)
+            )
+            multiply("out", ((x, -i * head_dim, layout.reduce(0)) for i, x in outputs))
 
         def gate():
             gain = gain_of("mlp")
@@ -528,7 +537,7 @@ def _layers(
             layout = _across(share)
             both = (pl.ds(first + i * mlp_width, share) for i in range(2))
             gate, up = (rounded(added_up(buffers["gate"], columns, layout)) for columns in both)
-            multiply("down", (gate / (1 + jnp.exp(-gate)) * up, 0, layout.reduce(0)))
+            multiply("down", [(gate / (1 + jnp.exp(-gate)) * up, 0, layout.reduce(0))])
 
         @pl.when(thread == 0)
         def _compute():
@@ -536,7 +545,7 @@ def _layers(
             if not interpret:
                 # As this program has added nothing yet, these round up to what they will be after one meeting.
                 counts = [(counters_ref[row, 0] | (size - 1)) + 1 for row, size in meetings(f.kv).values()]
-                for i, x in enumerate((*counts, *given_facts[1:])):
+                for i, x in enumerate((*counts, *start[1:])):
                     s.kept[i] = x
             set_stream(load(g.x.at[0], _across(width).reduce(0)))
             if g.parts is not None:
@@ -544,9 +553,8 @@ def _layers(
 
             def one(number, _):
                 for stage in stages:
-                    # Worked out anew, so that no registers hold it from stage to stage.
-                    known = given_facts if interpret else (registers.hidden(given_facts[0]), s.kept[2], s.kept[3])
-                    now.__dict__.update(facts(*known))
+                    again = start if interpret else (registers.hidden(start[0]), s.kept[2], s.kept[3])
+                    now.__dict__.update(facts(*again))
                     now.number, now.block, now.first = number, blocks.start + number, number * now.of_block
                     run[stage]()
 
