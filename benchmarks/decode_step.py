@@ -30,7 +30,7 @@ from pallas_kernels.triton import projection
 from parallax_jax import step
 from parallax_jax.cache import KVCache, init_cache
 from parallax_jax.model import ModelConfig, TransformerLM, unstack_layers
-from parallax_jax.sampling import Draws, Sampling, decode_steps, for_decoding
+from parallax_jax.sampling import Draws, Sampling, decode_steps
 
 PAPER = ModelConfig(151936, 28, 1024, 16, 8, 128, 3072, dtype="bfloat16", param_dtype="bfloat16")
 
@@ -55,7 +55,7 @@ def random_parameters(config: ModelConfig):
 def model(config: ModelConfig, batch: int, context: int) -> tuple[ModelConfig, dict]:
     """The model with random parameters, laid out as generation does for so many sequences."""
     params, cache = random_parameters(config), jax.eval_shape(lambda: init_cache(config, batch, context))
-    return for_decoding(config, params, cache)
+    return (config, params) if step.takes_stacked(config, params, cache) else unstack_layers(config, params)
 
 
 def random_cache(config: ModelConfig, batch: int, context: int, length: int) -> KVCache:

@@ -124,11 +124,11 @@ def stream(
     # Every product casts its matrix to this dtype: done once, a step reads no more than it needs.
     is_gain = lambda path: "['scale']" in jax.tree_util.keystr(path)
     params = jax.tree.map_with_path(lambda path, x: x if is_gain(path) else x.astype(config.dtype), params)
-    new_cache = lambda config: init_cache(config, len(prompts), -(-capacity // 8) * 8)  # as Hopper's kernels want it
-    config, params = for_decoding(config, params, cache or jax.eval_shape(lambda: new_cache(config)))
+    # Prompts are read layer by layer: a scan would copy the whole cache for each chunk.
+    whole, (config, params) = (config, params), unstack_layers(config, params)
     if cache is None:
-        cache = new_cache(config)
-    elif not config.scan_layers and not isinstance(cache.key, tuple):
+        cache = init_cache(config, len(prompts), -(-capacity // 8) * 8)  # as Hopper's kernels want it
+    elif not isinstance(cache.key, tuple):
         cache = dataclasses.replace(cache, key=tuple(cache.key), value=tuple(cache.value))
     if isinstance(seed, int):
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(len(prompts)))
@@ -146,6 +146,8 @@ def stream(
     stop = jnp.asarray(list(stop_tokens) or [-1], jnp.int32)
     draws = Draws(keys, stop, jnp.int32(vocab_size or config.vocab_size))
     token, done = _first(config, sampling, params, last, cache.lengths, draws)
+    if fused_step.takes_stacked(*whole, jax.eval_shape(_stacked, cache)):
+        (config, params), cache = whole, _stacked(cache)
     rows, left = token[None], max_new_tokens
     while left > 0:
         ready, left = rows, left - len(rows)
@@ -158,18 +160,9 @@ def stream(
                 return
 
 
-def for_decoding(config, params, cache: KVCache):
-    """The same model with its layers as decoding is fastest: stacked where one kernel takes all, else one by one.
-
-    Args:
-      config: the model.
-      params: the model's parameters.
-      cache: of the sequences to be continued, or its shapes.
-    """
-    tokens = jax.ShapeDtypeStruct((len(cache.lengths), 1), jnp.int32)
-    if config.scan_layers and fused_step.runs(config, params, tokens, cache):
-        return config, params
-    return unstack_layers(config, params)
+@jax.jit
+def _stacked(cache):
+    return dataclasses.replace(cache, key=jnp.stack(cache.key), value=jnp.stack(cache.value))
 
 
 class Draws(NamedTuple):
@@ -201,7 +194,7 @@ def decode_steps(config, sampling, steps, params, cache, token, done, left, draw
     """Draws `steps` tokens of each sequence that goes on, in one call, for the host takes as long to start any call.
 
     Args:
-      config: the model, its layers unstacked.
+      config: the model; its layers are stacked only where `step.takes_stacked` says so.
       sampling: how a token is drawn.
       steps: tokens of each sequence.
       params: the model's parameters.

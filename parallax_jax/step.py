@@ -41,6 +41,12 @@ def runs(config, params, tokens: Int[Array, "B T"], cache: KVCache) -> bool:
     )
 
 
+def takes_stacked(config, params, cache: KVCache) -> bool:
+    """Whether one kernel takes all layers of a step, for which they have to be stacked; `cache` may be shapes."""
+    tokens = jax.ShapeDtypeStruct((len(cache.lengths), 1), jnp.int32)
+    return config.scan_layers and runs(config, params, tokens, cache)
+
+
 def takes(config, params, cache: KVCache) -> bool:
     """Whether the kernels know all that the model's blocks do: no biases, no gate; blocks that are stacked fit one."""
     if not config.has_cache or config.use_bias or config.probe_gate:

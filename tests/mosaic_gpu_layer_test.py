@@ -16,7 +16,7 @@ from pallas_kernels.mosaic_gpu import layer as kernel
 from parallax_jax import step
 from parallax_jax.cache import init_cache, init_paged_cache
 from parallax_jax.model import ModelConfig, TransformerLM
-from parallax_jax.sampling import Sampling, for_decoding, generate
+from parallax_jax.sampling import Sampling, generate
 from tests.step_test import parameters
 
 BASE = ModelConfig(64, 1, 256, 4, 2, 64, 384, rope_theta=100.0, dtype="bfloat16", param_dtype="bfloat16")
@@ -147,15 +147,14 @@ def test_generation_is_greedy(window, monkeypatch):
     ],
     ids=str,
 )
-def test_layers_stay_stacked_for_one_kernel(changes, call, stacked):
+def test_when_layers_are_to_be_stacked(changes, call, stacked):
     config, card = dataclasses.replace(BASE, num_layers=2, **changes), call.get("card", "NVIDIA H100 80GB HBM3")
     mesh = AbstractMesh((), (), abstract_device=AbstractDevice(card, num_cores=None, platform="gpu"))
     params, cache = parameters(config), init_cache(config, call.get("batch", 1), 64)
     with jax.sharding.use_abstract_mesh(mesh):
-        laid_out, _ = for_decoding(config, params, cache)
-        assert laid_out.scan_layers == stacked
+        assert step.takes_stacked(config, params, cache) == stacked
         one_by_one = dataclasses.replace(cache, key=tuple(cache.key), value=tuple(cache.value))
-        assert not for_decoding(config, params, one_by_one)[0].scan_layers
+        assert not step.takes_stacked(config, params, one_by_one)
 
 
 @pytest.mark.parametrize(
