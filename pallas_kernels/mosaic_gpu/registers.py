@@ -384,7 +384,10 @@ def write_row(ref, x: jax.Array, layout, interpret: bool, *, row=0, first=0) -> 
 
 
 def put(ref, x: jax.Array, layout, interpret: bool) -> None:
-    """Stores x, (n,), to a row in shared or global memory, without a barrier."""
+    """Stores x, (n,), to a row in shared or global memory, without a barrier.
+
+    One has to come before anything loads it, even where the same thread does: else the compiler keeps an older value.
+    """
     if interpret:
         ref[...] = x
         return
