@@ -259,7 +259,6 @@ VARIANTS = {
     "default": Variant(),
     "one_under_way": Variant(layer={"UNDER_WAY": 1}),
     "three_under_way": Variant(layer={"UNDER_WAY": 3}),
-    "four_under_way": Variant(layer={"UNDER_WAY": 4}),
     "eight_slots": Variant(layer={"SLOTS": 8}),
     "a_kernel_a_block": Variant(stacked=False),
     "five": FIVE(),

@@ -123,11 +123,15 @@ def test_generation_is_greedy(monkeypatch):
     for function in ("layers", "unsupported"):
         monkeypatch.setattr(kernel, function, functools.partial(getattr(kernel, function), programs=2))
     monkeypatch.setattr(step, "runs", lambda config, params, tokens, cache: tokens.shape == (1, 1))
-    monkeypatch.setattr(step, "_five_kernels", None)
+    layers, stacked = step.layers, []
+    monkeypatch.setattr(
+        step, "layers", lambda config, *rest: stacked.append(config.scan_layers) or layers(config, *rest)
+    )
     config = dataclasses.replace(BASE, local_window_size=16)
     params, prompt = parameters(config), list(range(3, 14))
     options = {"max_new_tokens": 9, "sampling": Sampling(temperature=0), "tokens_per_call": 4}
     (tokens,) = generate(config, params, [prompt], **options)
+    assert set(stacked) == {True}
     exact = TransformerLM(dataclasses.replace(config, dtype="float32", implementation="reference"))
     logits = exact.apply({"params": cast(params, "float32")}, jnp.asarray([prompt + tokens[:-1]], jnp.int32))[0, 10:]
     behind = logits.max(axis=-1) - jnp.take_along_axis(logits, jnp.asarray(tokens)[:, None], axis=-1)[:, 0]
