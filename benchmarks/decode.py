@@ -1,6 +1,7 @@
 """Decode timings beside every peer that is installed: `python -m benchmarks.decode [SET ...] [--json PATH]`.
 
-Sums of GPU kernel times by CUPTI, all in one process on one GPU. Peers: the published CuTe and Triton kernels of
+Sums of GPU kernel times by CUPTI, in one run on one GPU: processes share the compiling and take turns, a shape each, at
+timing. Peers: the published CuTe and Triton kernels of
 Parallax (parallax-kernel), and softmax decode by our own kernel, cuDNN (jax.nn) and FlashAttention-3 (flash-attn3-jax),
 the best of its split counts. A ratio above 1 says that the peer takes longer. `--routes mosaic_gpu triton triton_lang`
 times ours by Mosaic GPU, Pallas' Triton and in the Triton language, "default" what `parallax_decode` takes by itself.
@@ -13,10 +14,12 @@ import functools
 import itertools
 import json
 import math
+import multiprocessing
 import os
+import queue
 import sys
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory too
 
@@ -86,6 +89,7 @@ LAUNCHED_BY = {
     "triton": TritonDecodeBlockSizes,
     "triton_lang": TritonLangDecodeBlockSizes,  # another route of "triton"
 }
+READ_BYTES = [1 << i for i in range(26, 33)]  # of passes that only read
 CHECKED_BYTES = 1 << 31  # of keys and values: where there are more, "xla" may not have the memory
 
 
@@ -194,14 +198,14 @@ JAX_PEERS = {"softmax": softmax, "cudnn": cudnn, "fa3": flash_attention_3}
 PEERS = [*TORCH_PEERS, *JAX_PEERS]
 
 
-def read_bandwidth() -> float:
-    """Bytes per second of a read-only pass over 4 GiB."""
-    x = jnp.ones((1 << 31,), jnp.bfloat16)
+def read_bandwidth(num_bytes: int = READ_BYTES[-1]) -> float:
+    """Bytes per second of a read-only pass."""
+    x = jnp.ones((num_bytes // 2,), jnp.bfloat16)
     time, _ = jax_kernels(lambda x: jnp.max(x), x, iterations=5)
     return x.nbytes / time * 1e6
 
 
-def compile_all(jobs: dict) -> dict:
+def compile_all(jobs: dict, threads: int | None = None) -> dict:
     """Name -> (function, *arguments) becomes name -> executable, or why there is none; side by side."""
 
     def compiled(job):
@@ -213,7 +217,7 @@ def compile_all(jobs: dict) -> dict:
         except Exception as error:  # a call that cannot run costs its place in the table, not the table
             return repr(error)[:200]
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
         return dict(zip(jobs, pool.map(compiled, jobs.values()), strict=True))
 
 
@@ -238,7 +242,7 @@ def relative_error(x, y) -> float:
     return float(np.linalg.norm(x - y) / np.linalg.norm(y))
 
 
-def bench(shape: Shape, routes: list[str], executables: dict, bandwidth: float) -> list[dict]:
+def bench(shape: Shape, routes: list[str], executables: dict, bandwidths: dict[int, float]) -> list[dict]:
     """A row of the table for each route: times in us, relative Frobenius error against "xla", times of the peers."""
     args = executables[shape, "draw", 0]()
     peers = {}
@@ -262,7 +266,11 @@ def bench(shape: Shape, routes: list[str], executables: dict, bandwidth: float) 
         row = {"shape": str(shape), **dataclasses.asdict(shape), "route": route, "us": time, "kernels": kernels}
         if reference:
             row["error"] = relative_error(call(*args), expected)
-        rows.append(row | {"bandwidth_share": shape.bytes / time * 1e6 / bandwidth} | peers)
+        speed, longest = shape.bytes / time * 1e6, max(bandwidths)
+        row["bandwidth_share"] = speed / bandwidths[longest]
+        if (size := min(shape.bytes, longest)) in bandwidths:
+            row["bandwidth_share_of_same_size"] = speed / bandwidths[size]
+        rows.append(row | peers)
     return rows
 
 
@@ -275,6 +283,54 @@ def bench_torch(shape: Shape, peers: list[str]) -> dict:
         except Exception as error:
             times[f"{name}_failed"] = repr(error)[:200]
     return times
+
+
+def work(shapes: dict[int, Shape], routes: list[str], peers: list[str], bandwidths: dict[int, float]) -> None:
+    """One process's part of `bench_all`."""
+    compiled, turn, results = work.shared
+    try:
+        jax_peers, torch_peers = ([name for name in peers if name in known] for known in (JAX_PEERS, TORCH_PEERS))
+        jobs = {key: job for shape in shapes.values() for key, job in bench_jobs(shape, routes, jax_peers).items()}
+        executables = compile_all(jobs, threads=2)
+        compiled.wait()  # nothing else runs on the GPU while one is timed
+        for number, shape in shapes.items():
+            with turn:
+                results.put((number, bench(shape, routes, executables, bandwidths), not torch_peers))
+        # All of JAX first: once torch's profiler has started, JAX's cannot.
+        for number, shape in shapes.items() if torch_peers else ():
+            with turn:
+                results.put((number, [bench_torch(shape, torch_peers)] * len(routes), True))
+    except BaseException:
+        compiled.abort()
+        raise
+
+
+def share(*values) -> None:
+    """Hands a process what it shares with the others."""
+    work.shared = values
+
+
+def bench_all(
+    shapes: list[Shape], routes: list[str], peers: list[str], bandwidths: dict[int, float], processes: int
+) -> Iterator[tuple[int, list[dict], bool]]:
+    """Yields (number of a shape, what is new in its rows, whether they are whole), as they come."""
+    os.environ["XLA_PYTHON_CLIENT_ALLOCATOR"] = "platform"  # what one process has used is free for the next
+    context, processes = multiprocessing.get_context("spawn"), min(processes, len(shapes))
+    results = context.Queue()
+    shared = context.Barrier(processes), context.Lock(), results
+    with ProcessPoolExecutor(processes, context, share, shared) as pool:
+        parts = [dict(list(enumerate(shapes))[i::processes]) for i in range(processes)]
+        futures = [pool.submit(work, part, routes, peers, bandwidths) for part in parts]
+        while True:
+            is_over = all(future.done() for future in futures)  # asked before the last look
+            try:
+                yield results.get(timeout=1)
+            except queue.Empty:
+                if is_over:
+                    break
+        errors = [error for future in futures if (error := future.exception())]
+        for error in sorted(errors, key=lambda error: type(error).__name__ == "BrokenBarrierError"):
+            raise error
 
 
 def show(row: dict) -> None:
@@ -379,6 +435,7 @@ def main() -> None:
     parser.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS, help="which peers to time")
     parser.add_argument("--sweep", action="store_true", help="time block sizes instead")
     parser.add_argument("--json", help="write the rows here")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="that compile")
     args = parser.parse_args()
     unknown = set(args.sets) - set(SETS)
     if jax.default_backend() != "gpu":
@@ -389,8 +446,10 @@ def main() -> None:
         if isinstance(reason := triton_routes.load(f"{triton_routes.ROUTES[route]}.decode"), str):
             parser.error(f"{route}: {reason}")
     shapes = list(dict.fromkeys(itertools.chain.from_iterable(SETS[name] for name in args.sets)))
-    bandwidth = read_bandwidth()
-    record = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "read_bandwidth": bandwidth, "rows": []}
+    bandwidths = {num_bytes: read_bandwidth(num_bytes) for num_bytes in READ_BYTES}
+    bandwidth = bandwidths[max(READ_BYTES)]
+    record = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "read_bandwidth": bandwidth}
+    record |= {"read_bandwidths": bandwidths, "rows": []}
     print(f"{record['device']}, jax {jax.__version__}, read bandwidth {bandwidth / 1e12:.2f} TB/s", flush=True)
 
     def save() -> None:
@@ -409,21 +468,12 @@ def main() -> None:
         record["rows"] = sweep(shapes, bandwidth)
         save()
         return
-    jax_peers, torch_peers = ([name for name in args.peers if name in peers] for peers in (JAX_PEERS, TORCH_PEERS))
-    jobs = {key: job for shape in shapes for key, job in bench_jobs(shape, args.routes, jax_peers).items()}
-    executables = compile_all(jobs)
-    # All of JAX first: once torch's profiler has started, JAX's cannot.
-    rows = record["rows"]
-    for shape in shapes:
-        rows += bench(shape, args.routes, executables, bandwidth)
-        for row in () if torch_peers else rows[-len(args.routes) :]:
+    found = {}
+    for number, news, is_whole in bench_all(shapes, args.routes, args.peers, bandwidths, args.processes):
+        found[number] = [row | new for row, new in zip(found.get(number, [{}] * len(news)), news, strict=True)]
+        for row in found[number] if is_whole else ():
             show(row)
-        save()
-    for i, shape in enumerate(shapes) if torch_peers else ():
-        times = bench_torch(shape, torch_peers)
-        for row in rows[i * len(args.routes) :][: len(args.routes)]:
-            row |= times
-            show(row)
+        record["rows"] = rows = [row for _, of_shape in sorted(found.items()) for row in of_shape]
         save()
     for route, name in itertools.product(args.routes, PEERS):
         ratios = [row[name] / row["us"] for row in rows if row["route"] == route and name in row]

@@ -131,6 +131,8 @@ class _TritonDecode:
             if long or (256 < programs <= 1024 and num_keys >= 256):  # with larger tiles 1.3 and 2.6 waves of programs
                 return cls(4096 // width, 1, 2, 4, rotate=long)
         keys = num_keys // splits
+        if width == 64 and splits > 1 and programs * num_keys * width >= MEMORY_BOUND:
+            return cls(64, splits, 2, 4)
         block_k = min(8192 // width, max(fewest, 1 << (keys.bit_length() - 1)))
         num_warps = 4 if keys <= block_k and width >= 128 else 2  # of one tile nothing is left to read meanwhile
         return cls(block_k, splits, num_warps, 2 if keys < 2 * block_k else 3)
@@ -146,6 +148,7 @@ class TritonLangDecodeBlockSizes(_TritonDecode):
 
 # What both routes of "triton" agree on in decode.
 DECODE_ROW_BYTES = 16384  # of queries that a program holds; larger groups are cut into blocks of rows
+MEMORY_BOUND = 1 << 24  # keys times columns of all heads x sequences, more than Hopper's second-level cache holds
 DECODE_AT_ONCE = 16384  # keys times columns that a program has in flight at once
 DECODE_LONG = 4096  # keys from which on programs that read whole sequences begin at different tiles
 DECODE_TURN = 37  # tiles by which the start of a program lies behind that of the one before
@@ -248,15 +251,18 @@ class MosaicGpuDecodeBlockSizes:
       num_splits: programs that share the keys of a kv head, a cluster: 1 to 8.
       num_groups: warpgroups of a program, each with tiles of its own: 1 or 2.
       num_stages: tiles of keys and values that a warpgroup has under way.
+      num_heads: kv heads of a sequence that a program takes, one after the other: 1 to 8, 1 where programs share keys.
     """
 
     block_k: int
     num_splits: int
     num_groups: int
     num_stages: int
+    num_heads: int = 1
 
     def __post_init__(self):
         allowed = {"block_k": (32, 64, 128), "num_splits": range(1, 9), "num_groups": (1, 2), "num_stages": range(1, 9)}
+        allowed["num_heads"] = range(1, 9) if self.num_splits == 1 else (1,)
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name}: got {getattr(self, name)}, allowed are {', '.join(map(str, values))}")
@@ -274,6 +280,8 @@ class MosaicGpuDecodeBlockSizes:
         from. The arguments are those of a backend's `decode`. The numbers come from sweeps (docs/results/decode.md).
         """
         programs, num_keys, width = _decode_size(query, key, value, mask, page_table)
+        if programs > HOPPER_CORES:
+            return cls._of_many(programs, num_keys, width, key.shape[2])
         block_k = 8192 // width
         splits = max(min(8, HOPPER_CORES * 3 // 4 // programs), 2 if 2 * programs <= HOPPER_CORES else 1)
         at_once = max(splits, min(4, HOPPER_CORES // programs))  # where each has one tile
@@ -284,9 +292,38 @@ class MosaicGpuDecodeBlockSizes:
         splits = -(-num_tiles // most)
         has_core = programs * splits <= HOPPER_CORES
         can_pair = most not in (1, 3) and 2 * splits <= num_tiles
-        groups = 2 if has_core and can_pair and most * block_k >= 256 else 1
+        is_far = 2 * programs > HOPPER_CORES and programs * num_keys * width >= MEMORY_BOUND
+        groups = 2 if has_core and can_pair and most * block_k >= 256 and not is_far else 1
         tiles = -(-most // groups)
-        return cls(block_k, splits, groups, min(tiles, 3 if has_core and groups == 1 else 2))
+        return cls(block_k, splits, groups, min(tiles, 3 if has_core and groups == 1 and not is_far else 2))
+
+    @classmethod
+    def _of_many(cls, programs: int, num_keys: int, width: int, kv_heads: int) -> "MosaicGpuDecodeBlockSizes":
+        """The launch where there are more heads x sequences than cores, of which two programs run on each.
+
+        Where a wave of programs would leave many places empty, heads are shared by two or more, or if they are short,
+        a program takes several, so that all run at once. Long heads are shared, too: their programs end together.
+        """
+        block_k, at_once = 8192 // width, 2 * HOPPER_CORES
+        num_tiles = -(-num_keys // block_k)
+        heads = -(-programs // at_once)
+        if heads in (2, 4) and kv_heads % heads == 0 and heads * num_keys * width <= 1 << 17:
+            return cls(block_k, 1, 1, 2, heads)
+        if width == 64 and num_keys >= 2048 and 3 * at_once <= 4 * programs <= 4 * at_once:
+            return cls(64, 1, 1, 3)
+        if width == 64 and 128 < num_keys <= 256 and programs > 4 * at_once:
+            return cls(64, 1, 1, 4)  # three on a core
+        splits = 1 << (max(1, min(8, num_keys // 2048)).bit_length() - 1)
+        if programs <= at_once:
+            return cls(block_k, min(splits, 2) if 4 * programs >= 3 * at_once else 1, 1, min(num_tiles, 2))
+
+        def leaves_places(splits: int) -> bool:
+            waves, rest = divmod(programs * splits, at_once)
+            return waves < 6 and 0 < rest < 0.8 * at_once
+
+        while leaves_places(splits) and 2 * splits <= min(8, num_tiles // 4):
+            splits *= 2
+        return cls(block_k, splits, 1, min(num_tiles, 2))
 
     @classmethod
     def outrun(cls, query, key, value, mask, page_table) -> str | None:
@@ -294,18 +331,16 @@ class MosaicGpuDecodeBlockSizes:
         programs, num_keys, width = _decode_size(query, key, value, mask, page_table)
         splits = cls.heuristic(query, key, value, mask, page_table).num_splits
         keys = num_keys / splits  # of a program
-        mib = programs * num_keys * width >> 18  # of keys and values
-        is_wide, has_group = width == 128, query.shape[1] * query.shape[2] > key.shape[2]
+        size, is_wide = programs * num_keys * width, width == 128
         if programs < 8:
             is_faster = keys <= 128
         elif programs <= HOPPER_CORES * 3 // 8:  # clusters of more than two leave cores idle, which memory forgives
             is_faster = keys <= (352 if is_wide or programs >= 32 else 256)
-            is_faster |= programs >= 16 and 64 <= mib < 128
+            is_faster |= is_wide and programs >= 16 and MEMORY_BOUND <= size < 2 * MEMORY_BOUND
         elif programs <= HOPPER_CORES:
             is_faster = is_wide or splits > 1 or num_keys > 128
         else:
-            is_faster = num_keys < (4096 if has_group else 8192) and (is_wide or programs <= 2 * HOPPER_CORES)
-            is_faster &= is_wide or num_keys > 128
+            is_faster = is_wide or programs > 2 * HOPPER_CORES or num_keys < 8192
         return None if is_faster else f"slower with {programs} heads x sequences of {num_keys} keys"
 
 

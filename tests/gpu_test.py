@@ -73,18 +73,19 @@ class TestTritonLangDecode(DecodeConformance):
 
 
 @pytest.mark.parametrize(
-    ("case", "block_k", "splits", "groups"),
+    ("case", "block_k", "splits", "groups", "heads"),
     [
-        (case, block_k, splits, groups)
+        (case, block_k, splits, groups, heads)
         for case, block_k, splits, groups in itertools.product(HOPPER_CASES, (32, 64), (1, 2, 3, 5), (1, 2))
+        for heads in ((1, 2) if splits == 1 and case.K == 2 else (1,))
         if splits * groups <= -(-case.S // block_k)  # each warpgroup needs a tile
     ],
     ids=lambda x: getattr(x, "name", None),
 )
-def test_mosaic_gpu_decode(case, block_k, splits, groups):
+def test_mosaic_gpu_decode(case, block_k, splits, groups, heads):
     """Every way to share the keys, with what no sequence owns poisoned; over 20 runs the bits stay."""
     operands, lengths, table = decode_conformance.draw(case)
-    sizes = MosaicGpuDecodeBlockSizes(block_k, splits, groups, 2)
+    sizes = MosaicGpuDecodeBlockSizes(block_k, splits, groups, 2, heads)
     options = dict(local_window_size=case.window, implementation="mosaic_gpu", block_sizes=sizes)
     decode = jax.jit(lambda *x, table: parallax_decode(*x, page_table=table, **options))
     out = decode(*operands, lengths, table=table)
@@ -96,12 +97,21 @@ def test_mosaic_gpu_decode(case, block_k, splits, groups):
 @pytest.mark.parametrize("width", [64, 128])
 @pytest.mark.parametrize("programs", [1, 5, 12, 24, 40, 64, 100, 132, 300])
 @pytest.mark.parametrize("num_keys", [40, 136, 640, 2056, 4096])
-def test_mosaic_gpu_decode_at_its_own_launch(num_keys, programs, width):
+def test_mosaic_gpu_decode_at_its_own_launch(num_keys, programs, width, kv_heads=1):
     """Ragged lengths, against "xla": both round weights and output, 3e-3 to 5e-3 apart."""
-    operands = [bfloat16(i, programs, n, 1, width) for i, n in enumerate((1, 1, num_keys, num_keys))]
+    operands = [bfloat16(i, programs, n, kv_heads, width) for i, n in enumerate((1, 1, num_keys, num_keys))]
     lengths = jax.random.randint(jax.random.key(9), (programs,), 1, num_keys + 1)
     decode = lambda implementation: parallax_decode(*operands, lengths, implementation=implementation)
     assert compare.relative_error(decode("mosaic_gpu"), decode("xla")) <= 7e-3
+
+
+@pytest.mark.parametrize(
+    ("num_keys", "batch", "width"),
+    [(264, 60, 128), (520, 40, 64), (136, 120, 128), (248, 260, 64), (4104, 30, 128), (8200, 70, 64), (4096, 32, 64)],
+)
+def test_mosaic_gpu_decode_of_more_heads_than_cores(num_keys, batch, width):
+    """Programs of two and of four heads, heads of two and of four programs, three programs on a core."""
+    test_mosaic_gpu_decode_at_its_own_launch(num_keys, batch, width, kv_heads=8)
 
 
 @pytest.mark.parametrize("num_keys", [512, 2048])

@@ -81,6 +81,8 @@ def test_products_overlap(call, monkeypatch, capfd):
         ((32, 8, 1, 1), dict(num_keys=256)),
         ((128, 6, 2, 2), dict(width=64)),
         ((64, 1, 1, 2), dict(dtype=jnp.float16)),
+        ((64, 1, 1, 2, 4), dict(num_keys=256)),
+        ((128, 1, 1, 2, 2), dict(width=64)),
         ((64, 1, 2, 2), dict(page_size=64, window=300)),
         ((64, 3, 2, 3), dict(new=4, heads=2, window=300)),
         ((64, 2, 2, 2), dict(has_probe=False)),

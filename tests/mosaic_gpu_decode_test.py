@@ -21,7 +21,13 @@ LAUNCHES = Sizes(64, 2, 2, 1), Sizes(32, 3, 1, 2), Sizes(32, 1, 2, 2), None, Siz
 
 @pytest.mark.parametrize(
     ("case", "sizes"),
-    list(zip(HOPPER_CASES, LAUNCHES, strict=True)),
+    [
+        *zip(HOPPER_CASES, LAUNCHES, strict=True),
+        # Programs that take several heads: more tiles than stages, fewer, and groups that share them.
+        (HOPPER_CASES[0], Sizes(32, 1, 1, 3, 2)),
+        (HOPPER_CASES[1], Sizes(64, 1, 2, 2, 2)),
+        (HOPPER_CASES[2], Sizes(128, 1, 1, 4, 2)),
+    ],
     ids=lambda x: getattr(x, "name", ""),
 )
 def test_interpreted(case, sizes):
@@ -76,11 +82,12 @@ def lowered(*shapes, device="NVIDIA H100 80GB HBM3", **options) -> str:
         (dict(batch=1, num_keys=512, heads=128), False),  # 16 rows
         (dict(batch=32, num_keys=4096), True),
         (dict(batch=32, num_keys=2048, new=3), True),
-        (dict(batch=32, num_keys=4096, new=3), False),
+        (dict(batch=32, num_keys=4096, new=3), True),
         (dict(batch=10, num_keys=4096), True),
-        (dict(batch=32, num_keys=32768), False),
+        (dict(batch=32, num_keys=32768), True),
+        (dict(batch=32, num_keys=32768, width=64), False),
         (dict(batch=4, num_keys=2048), False),
-        (dict(batch=64, num_keys=512, width=64), False),
+        (dict(batch=64, num_keys=512, width=64), True),
         (dict(batch=16, num_keys=128, width=64), False),
         (dict(batch=4, num_keys=128, width=64), True),
         (dict(batch=1, num_keys=512, width=96), False),
@@ -104,6 +111,7 @@ def test_when_it_is_taken(call, is_taken):
         (dict(width=96), None, r"key_cache: needs keys and values both \(64, 128\) wide, got 96 and 96"),
         (dict(num_keys=252), None, "key_cache: needs room for a multiple of 8 keys, got 252"),
         (dict(page_size=16), None, "page_table: needs pages of a multiple of 32 keys, got 16"),
+        (dict(kv_heads=2), Sizes(64, 1, 1, 1, 4), "block_sizes: 2 kv heads do not divide into 4 for each program"),
         (dict(), Sizes(64, 3, 2, 1), "block_sizes: 6 warpgroups share the cache's 4 tiles"),
         (dict(), TritonDecodeBlockSizes(64, 1, 2, 2), "block_sizes: needs MosaicGpuDecodeBlockSizes, got Triton"),
     ],
@@ -117,19 +125,44 @@ def test_what_it_does_not_take(call, sizes, message):
         lowered(*operands(1, 256), implementation="mosaic_gpu", device="NVIDIA A100-SXM4-80GB")
 
 
-@pytest.mark.parametrize("sizes", [(48, 1, 1, 1), (64, 9, 1, 1), (64, 1, 3, 1), (64, 1, 1, 0)])
+@pytest.mark.parametrize("sizes", [(48, 1, 1, 1), (64, 9, 1, 1), (64, 1, 3, 1), (64, 1, 1, 0), (64, 2, 1, 1, 2)])
 def test_sizes_must_be_such_as_the_kernel_has(sizes):
     with pytest.raises(ValueError, match=r"got .*, allowed are"):
         Sizes(*sizes)
 
 
+def launch(batch, num_keys, kv_heads=1, **call):
+    query, _, key, value, *_ = operands(batch, num_keys, heads=kv_heads, kv_heads=kv_heads, **call)
+    return Sizes.heuristic(query, key, value, blocks.Mask(None, None), None)
+
+
 def test_launches():
     """Every warpgroup has a tile, a program's tiles fit shared memory, small calls leave room for clusters."""
-    for programs, num_keys, width in itertools.product((*range(1, 140), 500), (1, 33, 256, 640, 700, 5000), (64, 128)):
-        query, _, key, value, *_ = operands(programs, num_keys, heads=1, kv_heads=1, width=width)
-        sizes = Sizes.heuristic(query, key, value, blocks.Mask(None, None), None)
+    many = 200, 260, 300, 500, 640, 1024, 3000
+    for programs, num_keys, width in itertools.product(
+        (*range(1, 140), *many), (1, 33, 256, 640, 700, 5000), (64, 128)
+    ):
+        sizes = launch(programs, num_keys, width=width)
         assert sizes.num_parts <= -(-num_keys // sizes.block_k)
         tile = 4 * width * sizes.block_k
         assert sizes.num_groups * sizes.num_stages * tile <= SHARED_MEMORY["H100"] - (16 << 10)
-        assert sizes.num_splits == 1 or programs * sizes.num_splits <= 132
-        assert sizes.num_splits <= 4 or programs * sizes.num_splits <= 99
+        if programs <= 132:
+            assert sizes.num_splits == 1 or programs * sizes.num_splits <= 132
+            assert sizes.num_splits <= 4 or programs * sizes.num_splits <= 99
+        assert sizes.num_heads == 1
+
+
+@pytest.mark.parametrize(
+    ("call", "sizes"),
+    [
+        (dict(batch=64, num_keys=512), Sizes(64, 1, 1, 2, 2)),  # two heads a program: one wave
+        (dict(batch=128, num_keys=256), Sizes(64, 1, 1, 2, 4)),
+        (dict(batch=512, num_keys=256, kv_heads=1), Sizes(64, 1, 1, 2)),  # there are no two
+        (dict(batch=48, num_keys=4096), Sizes(64, 2, 1, 2)),  # 1.5 waves, 2.9 where heads are shared
+        (dict(batch=64, num_keys=16384, width=64), Sizes(128, 8, 1, 2)),
+        (dict(batch=32, num_keys=4096, width=64), Sizes(64, 1, 1, 3)),
+    ],
+    ids=str,
+)
+def test_launches_of_more_heads_than_cores(call, sizes):
+    assert launch(**dict(kv_heads=8) | call) == sizes

@@ -39,6 +39,8 @@ def unsupported(query, probe, key, value, mask, page_table, *, scale, block_size
     if block_sizes is not None and not isinstance(block_sizes, MosaicGpuDecodeBlockSizes):
         return f"block_sizes: needs MosaicGpuDecodeBlockSizes, got {type(block_sizes).__name__}"
     config = block_sizes or MosaicGpuDecodeBlockSizes.heuristic(query, key, value, mask, page_table)
+    if key.shape[2] % config.num_heads:
+        return f"block_sizes: {key.shape[2]} kv heads do not divide into {config.num_heads} for each program"
     if page_table is not None and key.shape[1] % config.block_k:
         return f"page_table: needs pages of a multiple of {config.block_k} keys, got {key.shape[1]}"
     tiles_there = pl.cdiv(decode_capacity(key, page_table), config.block_k)
@@ -139,6 +141,7 @@ def attend(both, walk: Walk, o, s12, *, c, block, is_softmax, interpret) -> tile
         stats, p = lax.fori_loop(1, walk.count, body, (stats, p))
     add_values(walk.count - 1, p)
     state = tiles.State(*stats, *registers.split(common.read(o), interpret))
+    walk.done("v", walk.count - 1)
     return state._replace(t_mean=None, o2=None) if is_softmax else state
 
 
@@ -156,7 +159,8 @@ def decode(query, probe, key, value, mask: blocks.Mask, page_table, *, scale, bl
     dtype, c = query.dtype, scale * tiles.LOG2_E
     block, num_splits, groups, stages = config.block_k, config.num_splits, config.num_groups, config.num_stages
     num_parts, num_keys = config.num_parts, decode_capacity(key, page_table)
-    has_one_tile = num_keys <= num_parts * block  # every warpgroup
+    has_one_tile = num_keys <= num_parts * block  # every warpgroup, of each head
+    num_heads = config.num_heads
     slots = pl.cdiv(rows, num_splits)
     integers = {"lengths": mask.lengths, "offset": mask.offset, "pages": page_table}
     integers = {name: x for name, x in integers.items() if x is not None}
@@ -172,15 +176,15 @@ def decode(query, probe, key, value, mask: blocks.Mask, page_table, *, scale, bl
         else:
             own = lax.axis_index("split") if num_splits > 1 else 0
         part = own * groups + group
-        b, kv = lax.div(program, kv_heads), lax.rem(program, kv_heads)
+        b, first_head = (f(program, kv_heads // num_heads) for f in (lax.div, lax.rem))
+        first_head *= num_heads
 
-        def slot(i):
-            """Of the warpgroup's i-th tile."""
-            return group * stages + common.ring_slot(i, stages)
+        def slot(step):
+            """Of the tile that the warpgroup takes in a step of its way through all heads."""
+            return group * stages + common.ring_slot(step, stages)
 
-        def copy(i, first, names="kv"):
-            """Starts to copy the warpgroup's i-th tile: keys, values or both."""
-            start = (first + i * num_parts) * block
+        def copy(step, kv, start, names="kv"):
+            """Starts to copy a step's keys [start, start + block) of a head, their values or both."""
             sequence = b
             if page_table is not None:
                 entry = jnp.minimum(lax.div(start, page_size), page_table.shape[1] - 1)
@@ -189,15 +193,21 @@ def decode(query, probe, key, value, mask: blocks.Mask, page_table, *, scale, bl
             for name in names:
                 ref, to, ready = (k_ref, s.k, s.k_ready) if name == "k" else (v_ref, s.v, s.v_ready)
                 here = ref.at[sequence, pl.ds(start, block), kv]
-                plgpu.copy_gmem_to_smem(here, to.at[slot(i)], ready.at[slot(i)])
+                plgpu.copy_gmem_to_smem(here, to.at[slot(step)], ready.at[slot(step)])
 
-        if mask.window is None:
-            copy(0, part)
+        is_early = mask.window is None
+        if is_early:
+            copy(0, first_head, part * block)
         if num_splits > 1 and not interpret:
             rows_here = lax.div(rows - 1 - own + num_splits, num_splits)
             registers.expect(s.inbox, rows_here * num_parts * 4 * (4 + (1 + len(probes)) * width))
-        own_rows = pl.ds(0, num_queries), pl.ds(kv * group_heads, group_heads)
-        both = registers.gather(*(x.at[b, *own_rows] for x in (q_ref, *(r_ref or [q_ref]))), rows, interpret)
+
+        def rows_of(kv):
+            """Queries and probes of a head."""
+            own_rows = pl.ds(0, num_queries), pl.ds(kv * group_heads, group_heads)
+            return registers.gather(*(x.at[b, *own_rows] for x in (q_ref, *(r_ref or [q_ref]))), rows, interpret)
+
+        both = rows_of(first_head)
         length = jnp.minimum(given["lengths"][b], num_keys)
         offset = given["offset"][b] if "offset" in given else length - num_queries
         end = blocks.visible_end(offset, num_queries, length, True)
@@ -205,43 +215,61 @@ def decode(query, probe, key, value, mask: blocks.Mask, page_table, *, scale, bl
         if mask.window is not None:
             in_window = lax.div(jnp.maximum(offset - mask.window + 1, 0), block)
             first += jnp.clip(in_window, 0, pl.cdiv(num_keys, block) - num_parts)
-            copy(0, first)
         count = 1 if has_one_tile else jnp.maximum(1, lax.div(pl.cdiv(end, block) - first - 1, num_parts) + 1)
-        for i in range(1, 1 if has_one_tile else stages):
-            pl.when(i < count)(functools.partial(copy, i, first))
+        total = num_heads * count
+        first_key = lambda i: (first + i * num_parts) * block  # of the warpgroup's i-th tile
+
+        def copy_step(step, names="kv"):
+            """Starts to copy the tile of a step, where there is one."""
+            head = sum((step >= i * count).astype(jnp.int32) for i in range(1, num_heads)) if num_heads > 1 else 0
+            start = lambda: copy(step, first_head + head, first_key(step - head * count), names)
+            pl.when(step < total)(start)
+
+        for step in range(is_early, min(stages, num_heads) if has_one_tile else stages):
+            copy_step(jnp.int32(step))
         row = plgpu.broadcasted_iota(jnp.int32, (BLOCK // 2,), 0, layout=HALF_ROWS)
         position = offset + lax.div(jnp.minimum(lax.rem(row, ROWS), rows - 1), group_heads)
         last_seen = jnp.minimum(position, length - 1)
 
-        def refill(i, names):
-            """Tile i has been used: its slot takes the next that goes there."""
-            if not has_one_tile:
-                pl.when(i + stages < count)(lambda: copy(i + stages, first, names))
-
-        def wait_for(name, i):
-            to, ready = (s.k, s.k_ready) if name == "k" else (s.v, s.v_ready)
-            plgpu.barrier_wait(ready.at[slot(i)])
-            return to.at[slot(i)]
-
         def visible(i, like):
-            key = (first + i * num_parts) * block
+            key = first_key(i)
             across = plgpu.broadcasted_iota(jnp.int32, like.shape, 1, layout=HALF)
             seen = across <= tiles.spread(last_seen - key, like)
             if mask.window is not None:
                 seen &= across > tiles.spread(position - mask.window - key, like)
             return seen
 
-        num_keys_of = lambda i: end - (first + i * num_parts) * block
-        walk = Walk(count, wait_for, lambda name, i: refill(i, name), visible, num_keys_of)
-        run = functools.partial(attend, both, walk, c=c, block=block, is_softmax=probe is None, interpret=interpret)
-        state = pl.run_scoped(run, *common.accumulators(width, block))
-        if interpret:  # Pallas' interpreter has no memory that a cluster shares: see below
-            for ref, x in zip(out_refs, jax.tree.leaves(state), strict=True):
-                ref[part, program] = x[:rows]
-            return
-        registers.exchange(state, part, scratch.get("inbox"), s.stats, s.sums, rows=rows, num_splits=num_splits)
+        def attend_head(head, both):
+            kv = first_head + head
+            following = both if num_heads == 1 else rows_of(jnp.minimum(kv + 1, first_head + num_heads - 1))
 
-        def merge(slot, row):
+            def wait_for(name, i):
+                to, ready = (s.k, s.k_ready) if name == "k" else (s.v, s.v_ready)
+                plgpu.barrier_wait(ready.at[slot(head * count + i)])
+                return to.at[slot(head * count + i)]
+
+            def done(name, i):
+                """Tile i has been used: its slot takes the next that goes there."""
+                if not has_one_tile or num_heads > stages:
+                    copy_step(head * count + i + stages, name)
+
+            walk = Walk(count, wait_for, done, visible, lambda i: end - first_key(i))
+            run = functools.partial(attend, both, walk, c=c, block=block, is_softmax=probe is None, interpret=interpret)
+            state = pl.run_scoped(run, *common.accumulators(width, block))
+            if interpret:  # Pallas' interpreter has no memory that a cluster shares: see below
+                for ref, x in zip(out_refs, jax.tree.leaves(state), strict=True):
+                    ref[part, b * kv_heads + kv] = x[:rows]
+                return following
+            inbox = scratch.get("inbox")
+            registers.exchange(
+                state, part, inbox, s.stats, s.sums, rows=rows, num_splits=num_splits, again=num_heads > 1
+            )
+            for i in range(0, slots, groups):
+                row = own + (i + group) * num_splits
+                pl.when(row < rows)(functools.partial(merge, kv, i + group, row))
+            return following
+
+        def merge(kv, slot, row):
             def load(i):
                 stats = [s.stats[slot, i, j] for j in range(3)]
                 sums = [plgpu.load(s.sums.at[slot, i, j], layout=_columns(width), optimized=False) for j in of_state]
@@ -251,9 +279,10 @@ def decode(query, probe, key, value, mask: blocks.Mask, page_table, *, scale, bl
             out, *_ = tiles.finish(tiles.merge([load(i) for i in range(num_parts)]))
             out_refs[0][b, lax.div(row, group_heads), kv * group_heads + lax.rem(row, group_heads)] = out.astype(dtype)
 
-        for i in range(0, slots, groups):
-            row = own + (i + group) * num_splits
-            pl.when(row < rows)(functools.partial(merge, i + group, row))
+        if num_heads == 1:
+            attend_head(0, both)
+        else:
+            lax.fori_loop(0, num_heads, attend_head, both)
 
     programs = batch * kv_heads
     stat = jax.ShapeDtypeStruct((num_parts, programs, rows), jnp.float32)
@@ -265,9 +294,9 @@ def decode(query, probe, key, value, mask: blocks.Mask, page_table, *, scale, bl
         for line in (BLOCK, registers.line_width(block))
     )
     scratch = dict(k=k_tiles, v=v_tiles, k_ready=ready, v_ready=ready)
-    launch = dict(grid=(programs,))
+    launch = dict(grid=(programs // num_heads,))
     if interpret:
-        launch = dict(grid=(programs * num_splits,), interpret=plgpu.InterpretGPUParams())
+        launch = dict(grid=(programs // num_heads * num_splits,), interpret=plgpu.InterpretGPUParams())
     else:
         if num_splits > 1:
             launch |= dict(cluster=(num_splits,), cluster_names=("split",))

@@ -501,7 +501,6 @@ def _layers(
             options = dict(c=c, block=block, is_softmax=not has_probe, interpret=interpret)
             run = functools.partial(decode.attend, both, walk, **options)
             state = pl.run_scoped(run, *common.accumulators(head_dim, block))
-            done("v", now.count - 1)
             registers.store_state(state, stats.at[now.own], sums.at[now.own], group, interpret)
 
         def out():

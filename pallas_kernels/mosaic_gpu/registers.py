@@ -224,7 +224,7 @@ def expect(inbox_ref, num_bytes: jax.Array) -> None:
 
 
 def exchange(
-    state: tiles.State, part: jax.Array, inbox_ref, stats_ref, sums_ref, *, rows: int, num_splits: int
+    state: tiles.State, part: jax.Array, inbox_ref, stats_ref, sums_ref, *, rows: int, num_splits: int, again: bool
 ) -> None:
     """Sends every row's state to the program of the cluster that merges it, and waits for what comes from the others.
 
@@ -239,6 +239,7 @@ def exchange(
       sums_ref: (slots, parts, 1 or 2, columns) float32: o1 and o2.
       rows: rows that there are.
       num_splits: programs of the cluster.
+      again: what came before may still be read.
     """
     stats = [x for x in (state.m, state.d1, state.t_mean) if x is not None]
     sums = [x for x in (state.o1, state.o2) if x is not None]
@@ -263,6 +264,8 @@ def exchange(
         ptx = functools.partial(mgpu.utils.inline_ptx, has_side_effects=True)
         if inboxes:  # all are ready
             ptx("barrier.cluster.wait.acquire.aligned;", convergent=True)
+        elif again:
+            ptx("bar.sync 0;", convergent=True)
 
         def at_target(ref, offset: ir.Value) -> ir.Value:
             """Address of a byte of `ref` in the target's shared memory."""

@@ -53,16 +53,23 @@ def test_each_route_has_a_row_and_shares_the_peers(monkeypatch):
         (shape, "cudnn", 0): lambda: ([], "cudnn"),
         (shape, "fa3", 0): "not installed",
     }
-    rows = decode.bench(shape, ["triton", "triton_lang"], executables, 1e12)
+    rows = decode.bench(shape, ["triton", "triton_lang"], executables, {shape.bytes: 5e11, 1 << 32: 1e12})
     assert [(row["route"], row["us"], row["cudnn"]) for row in rows] == [
         ("triton", 5.0, 10.0),
         ("triton_lang", 4.0, 10.0),
     ]
     assert all("not installed" in row["fa3_failed"] for row in rows)
+    assert rows[0]["bandwidth_share_of_same_size"] == 2 * rows[0]["bandwidth_share"]
     executables[shape, "triton_lang", 0] = "no jax-triton"
     times |= {"routes": iter([5.0]), "cudnn": iter([10.0])}
     with pytest.raises(RuntimeError, match=r"triton_lang at B 1 L 512.*no jax-triton"):
-        decode.bench(shape, ["triton", "triton_lang"], executables, 1e12)
+        decode.bench(shape, ["triton", "triton_lang"], executables, {1 << 32: 1e12})
+
+
+def test_a_process_that_fails_ends_all():
+    shapes = [Shape(1, 32 * i, 1, 1, 64) for i in (1, 2)]
+    with pytest.raises(RuntimeError, match="not supported on this platform"):  # kernels of a CPU cannot be timed
+        list(decode.bench_all(shapes, ["default"], [], {1 << 32: 1e12}, processes=2))
 
 
 def test_softmax_column_is_softmax():
