@@ -314,12 +314,14 @@ def bench_all(
     shapes: list[Shape], routes: list[str], peers: list[str], bandwidths: dict[int, float], processes: int
 ) -> Iterator[tuple[int, list[dict], bool]]:
     """Yields (number of a shape, what is new in its rows, whether they are whole), as they come."""
-    os.environ["XLA_PYTHON_CLIENT_ALLOCATOR"] = "platform"  # what one process has used is free for the next
     context, processes = multiprocessing.get_context("spawn"), min(processes, len(shapes))
     results = context.Queue()
     shared = context.Barrier(processes), context.Lock(), results
     with ProcessPoolExecutor(processes, context, share, shared) as pool:
-        parts = [dict(list(enumerate(shapes))[i::processes]) for i in range(processes)]
+        # A process keeps the memory that it has used: one of them has the largest shapes.
+        order = sorted(enumerate(shapes), key=lambda pair: pair[1].bytes)
+        bounds = [len(shapes) * i // processes for i in range(processes + 1)]
+        parts = [dict(order[first:end]) for first, end in itertools.pairwise(bounds)]
         futures = [pool.submit(work, part, routes, peers, bandwidths) for part in parts]
         while True:
             is_over = all(future.done() for future in futures)  # asked before the last look

@@ -306,13 +306,16 @@ class MosaicGpuDecodeBlockSizes:
         """
         block_k, at_once = 8192 // width, 2 * HOPPER_CORES
         num_tiles = -(-num_keys // block_k)
+        if width == 64:  # smaller tiles, of which three programs run on a core
+            if num_keys >= 2048 and 3 * at_once <= 4 * programs <= 4 * at_once:
+                return cls(64, 1, 1, 3)
+            if num_keys < 4096 and at_once < programs <= 3 * HOPPER_CORES:
+                return cls(64, 1, 1, 2)
+            if 128 < num_keys <= 256 and programs > 4 * at_once:
+                return cls(64, 1, 1, 4)
         heads = -(-programs // at_once)
         if heads in (2, 4) and kv_heads % heads == 0 and heads * num_keys * width <= 1 << 17:
             return cls(block_k, 1, 1, 2, heads)
-        if width == 64 and num_keys >= 2048 and 3 * at_once <= 4 * programs <= 4 * at_once:
-            return cls(64, 1, 1, 3)
-        if width == 64 and 128 < num_keys <= 256 and programs > 4 * at_once:
-            return cls(64, 1, 1, 4)  # three on a core
         splits = 1 << (max(1, min(8, num_keys // 2048)).bit_length() - 1)
         if programs <= at_once:
             return cls(block_k, min(splits, 2) if 4 * programs >= 3 * at_once else 1, 1, min(num_tiles, 2))
@@ -331,7 +334,11 @@ class MosaicGpuDecodeBlockSizes:
         programs, num_keys, width = _decode_size(query, key, value, mask, page_table)
         splits = cls.heuristic(query, key, value, mask, page_table).num_splits
         keys = num_keys / splits  # of a program
-        size, is_wide = programs * num_keys * width, width == 128
+        size, is_wide, has_group = (
+            programs * num_keys * width,
+            width == 128,
+            query.shape[1] * query.shape[2] > key.shape[2],
+        )
         if programs < 8:
             is_faster = keys <= 128
         elif programs <= HOPPER_CORES * 3 // 8:  # clusters of more than two leave cores idle, which memory forgives
@@ -340,7 +347,9 @@ class MosaicGpuDecodeBlockSizes:
         elif programs <= HOPPER_CORES:
             is_faster = is_wide or splits > 1 or num_keys > 128
         else:
-            is_faster = is_wide or programs > 2 * HOPPER_CORES or num_keys < 8192
+            is_faster = is_wide or num_keys < 8192 or programs > 2 * HOPPER_CORES
+            is_faster &= is_wide or not 128 < num_keys <= 256 or not 3 * HOPPER_CORES < programs <= 4 * HOPPER_CORES
+            is_faster &= not has_group or num_keys < 4096
         return None if is_faster else f"slower with {programs} heads x sequences of {num_keys} keys"
 
 
