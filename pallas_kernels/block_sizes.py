@@ -282,7 +282,8 @@ class MosaicGpuDecodeBlockSizes:
         programs, num_keys, width = _decode_size(query, key, value, mask, page_table)
         if programs > HOPPER_CORES:
             return cls._of_many(programs, num_keys, width, key.shape[2])
-        block_k = 8192 // width
+        is_far = programs * num_keys * width >= MEMORY_BOUND
+        block_k = 8192 // width if is_far else 128  # what the cache holds comes soon: fewer and larger steps
         splits = max(min(8, HOPPER_CORES * 3 // 4 // programs), 2 if 2 * programs <= HOPPER_CORES else 1)
         at_once = max(splits, min(4, HOPPER_CORES // programs))  # where each has one tile
         while block_k > 32 and num_keys * 2 <= at_once * block_k:
@@ -292,10 +293,10 @@ class MosaicGpuDecodeBlockSizes:
         splits = -(-num_tiles // most)
         has_core = programs * splits <= HOPPER_CORES
         can_pair = most not in (1, 3) and 2 * splits <= num_tiles
-        is_far = 2 * programs > HOPPER_CORES and programs * num_keys * width >= MEMORY_BOUND
-        groups = 2 if has_core and can_pair and most * block_k >= 256 and not is_far else 1
-        tiles = -(-most // groups)
-        return cls(block_k, splits, groups, min(tiles, 3 if has_core and groups == 1 and not is_far else 2))
+        is_alone = is_far and 2 * programs > HOPPER_CORES
+        groups = 2 if has_core and can_pair and most * block_k >= 256 and not is_alone else 1
+        fit = 3 * 8192 // (groups * block_k * width // 2) if has_core and not is_alone else 2
+        return cls(block_k, splits, groups, min(-(-most // groups), max(1, fit), 3 if groups == 1 else 2))
 
     @classmethod
     def _of_many(cls, programs: int, num_keys: int, width: int, kv_heads: int) -> "MosaicGpuDecodeBlockSizes":
@@ -342,7 +343,7 @@ class MosaicGpuDecodeBlockSizes:
         if programs < 8:
             is_faster = keys <= 128
         elif programs <= HOPPER_CORES * 3 // 8:  # clusters of more than two leave cores idle, which memory forgives
-            is_faster = keys <= (352 if is_wide or programs >= 32 else 256)
+            is_faster = keys <= (704 if is_wide else 352 if programs >= 32 else 256)
             is_faster |= is_wide and programs >= 16 and MEMORY_BOUND <= size < 2 * MEMORY_BOUND
         elif programs <= HOPPER_CORES:
             is_faster = is_wide or splits > 1 or num_keys > 128
