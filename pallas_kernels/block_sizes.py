@@ -283,7 +283,9 @@ class MosaicGpuDecodeBlockSizes:
         if programs > HOPPER_CORES:
             return cls._of_many(programs, num_keys, width, key.shape[2])
         is_far = programs * num_keys * width >= MEMORY_BOUND
-        block_k = 8192 // width if is_far else 128  # what the cache holds comes soon: fewer and larger steps
+        has_short_pages = page_table is not None and key.shape[1] % 128
+        # What the cache holds comes soon: fewer and larger steps.
+        block_k = 8192 // width if is_far or has_short_pages else 128
         splits = max(min(8, HOPPER_CORES * 3 // 4 // programs), 2 if 2 * programs <= HOPPER_CORES else 1)
         at_once = max(splits, min(4, HOPPER_CORES // programs))  # where each has one tile
         while block_k > 32 and num_keys * 2 <= at_once * block_k:
