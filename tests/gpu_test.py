@@ -76,7 +76,7 @@ class TestTritonLangDecode(DecodeConformance):
     ("case", "block_k", "splits", "groups", "heads"),
     [
         (case, block_k, splits, groups, heads)
-        for case, block_k, splits, groups in itertools.product(HOPPER_CASES, (32, 64), (1, 2, 3, 5), (1, 2))
+        for case, block_k, splits, groups in itertools.product(HOPPER_CASES, (32, 64, 128), (1, 2, 3, 5), (1, 2))
         for heads in ((1, 2) if splits == 1 and case.K == 2 else (1,))
         if splits * groups <= -(-case.S // block_k)  # each warpgroup needs a tile
     ],
