@@ -19,10 +19,12 @@ from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import blocks, tiles
-from pallas_kernels.block_sizes import MosaicGpuDecodeBlockSizes, decode_capacity
+from pallas_kernels.block_sizes import SHARED_MEMORY, MosaicGpuDecodeBlockSizes, decode_capacity
 from pallas_kernels.mosaic_gpu import common, registers
 from pallas_kernels.mosaic_gpu.common import BLOCK
 from pallas_kernels.mosaic_gpu.registers import HALF, HALF_ROWS, ROWS
+
+BARRIERS = 1024  # bytes of shared memory, no fewer than barriers take
 
 
 def unsupported(query, probe, key, value, mask, page_table, *, scale, block_sizes) -> str | None:
@@ -46,6 +48,10 @@ def unsupported(query, probe, key, value, mask, page_table, *, scale, block_size
     tiles_there = pl.cdiv(decode_capacity(key, page_table), config.block_k)
     if config.num_parts > tiles_there:
         return f"block_sizes: {config.num_parts} warpgroups share the cache's {tiles_there} tiles"
+    width, states = key.shape[3], pl.cdiv(rows, config.num_splits) * config.num_parts
+    num_bytes = config.num_groups * config.num_stages * 4 * config.block_k * width + states * 8 * (width + 2)
+    if num_bytes > SHARED_MEMORY["H100"] - BARRIERS:
+        return f"block_sizes: tiles under way and states take {num_bytes} bytes, more than shared memory has"
     return common.unsupported_device()
 
 
