@@ -2,7 +2,8 @@
 
 ROWS.json is what `python -m benchmarks.decode paper --json ROWS.json` wrote, or one of paper64 and one of paper128.
 Ratios are the time of the faster of the softmax peers over the time of Parallax, at equal head_dim and for Parallax
-with 64 against softmax with 128.
+with 64 against softmax with 128. Shapes below 1 are listed, and those of more than 256 MB that read more slowly than
+0.95 of a pass over as many bytes.
 """
 
 import argparse
@@ -40,6 +41,15 @@ def ratios(rows: list[dict]) -> dict[str, dict[tuple[int, int], float]]:
             if width == mine and (theirs, heads, length) in softmax
         }
         for name, (mine, theirs) in COMPARISONS.items()
+    }
+
+
+def of_read_bandwidth(rows: list[dict]) -> dict[tuple[int, int, int], float]:
+    """(head_dim, batch x heads, length) above 256 MB -> share of the speed of a pass that reads as many bytes."""
+    return {
+        (row["head_dim"], row["batch"] * row["kv_heads"], row["length"]): row["bandwidth_share_of_same_size"]
+        for row in rows
+        if 4 * row["batch"] * row["kv_heads"] * row["length"] * row["head_dim"] > 256e6
     }
 
 
@@ -86,7 +96,14 @@ def main() -> None:
         below = {shape: ratio for shape, ratio in sorted(table.items()) if ratio < 1}
         print(f"{name}: geometric mean {mean(table):.2f}x, {len(table) - len(below)} of {len(table)} at 1.0 or more")
         for (heads, length), ratio in below.items():
-            print(f"  below: batch x heads {heads}, {length} keys: {ratio:.2f}")
+            print(f"  below: batch x heads {heads}, {length} keys: {ratio:.3f}")
+    for width in sorted({row["head_dim"] for row in rows}):
+        shares = {shape: share for shape, share in sorted(of_read_bandwidth(rows).items()) if shape[0] == width}
+        slow = {shape: share for shape, share in shares.items() if share < 0.95}
+        if shares:
+            print(f"head_dim {width}: 0.95 of the read bandwidth in {len(shares) - len(slow)} of {len(shares)}")
+        for (_, heads, length), share in slow.items():
+            print(f"  below: batch x heads {heads}, {length} keys: {share:.3f}")
     draw(tables, f"Softmax's time / Parallax's, one new token, {records[0]['device']}", options.figure)
 
 

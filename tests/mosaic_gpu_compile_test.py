@@ -80,6 +80,7 @@ def test_products_overlap(call, monkeypatch, capfd):
         ((64, 8, 1, 2), {}),
         ((32, 8, 1, 1), dict(num_keys=256)),
         ((128, 6, 2, 2), dict(width=64)),
+        ((128, 8, 2, 1), {}),
         ((64, 1, 1, 2), dict(dtype=jnp.float16)),
         ((64, 1, 1, 2, 4), dict(num_keys=256)),
         ((128, 1, 1, 2, 2), dict(width=64)),
