@@ -3,7 +3,8 @@
 A program's warpgroups take the tiles of keys in turn with those of the cluster's other programs. At its end each writes
 its states into the shared memory of these programs, a row of queries to each, and where they have met, every program
 merges its rows. So there is no second kernel and no way through global memory, and since the first tile of a warpgroup
-lies where it lies whatever the lengths are, it is on its way before they are known.
+lies where it lies whatever the lengths are, it is on its way before they are known. Where heads are many and short, a
+program takes several of a sequence, one after the other, and their tiles are one way to it.
 """
 
 import functools
@@ -246,6 +247,7 @@ def decode(query, probe, key, value, mask: blocks.Mask, page_table, *, scale, bl
             return seen
 
         def attend_head(head, both):
+            """Attends from a head's rows and writes its output; returns the rows of the next."""
             kv = first_head + head
             following = both if num_heads == 1 else rows_of(jnp.minimum(kv + 1, first_head + num_heads - 1))
 
