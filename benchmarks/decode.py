@@ -314,7 +314,7 @@ def bench_all(
     shapes: list[Shape], routes: list[str], peers: list[str], bandwidths: dict[int, float], processes: int
 ) -> Iterator[tuple[int, list[dict], bool]]:
     """Yields (number of a shape, what is new in its rows, whether they are whole), as they come."""
-    context, processes = multiprocessing.get_context("spawn"), min(processes, len(shapes))
+    context, processes = multiprocessing.get_context("spawn"), max(1, min(processes, len(shapes)))
     results = context.Queue()
     shared = context.Barrier(processes), context.Lock(), results
     with ProcessPoolExecutor(processes, context, share, shared) as pool:
@@ -470,7 +470,7 @@ def main() -> None:
         record["rows"] = sweep(shapes, bandwidth)
         save()
         return
-    found = {}
+    found, rows = {}, []
     for number, news, is_whole in bench_all(shapes, args.routes, args.peers, bandwidths, args.processes):
         found[number] = [row | new for row, new in zip(found.get(number, [{}] * len(news)), news, strict=True)]
         for row in found[number] if is_whole else ():
