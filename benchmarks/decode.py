@@ -1,11 +1,10 @@
 """Decode timings beside every peer that is installed: `python -m benchmarks.decode [SET ...] [--json PATH]`.
 
 Sums of GPU kernel times by CUPTI, in one run on one GPU: processes share the compiling and take turns, a shape each, at
-timing. Peers: the published CuTe and Triton kernels of
-Parallax (parallax-kernel), and softmax decode by our own kernel, cuDNN (jax.nn) and FlashAttention-3 (flash-attn3-jax),
-the best of its split counts. A ratio above 1 says that the peer takes longer. `--routes mosaic_gpu triton triton_lang`
-times ours by Mosaic GPU, Pallas' Triton and in the Triton language, "default" what `parallax_decode` takes by itself.
-`--sweep` times launches of Pallas' Triton instead.
+timing. Peers: the published CuTe and Triton kernels of Parallax (parallax-kernel), and softmax decode by our own
+kernel, cuDNN (jax.nn) and FlashAttention-3 (flash-attn3-jax), the best of its split counts. A ratio above 1 says that
+the peer takes longer. `--routes mosaic_gpu triton triton_lang` times ours by Mosaic GPU, Pallas' Triton and in the
+Triton language, "default" what `parallax_decode` takes by itself. `--sweep` times launches of Pallas' Triton instead.
 """
 
 import argparse

@@ -293,12 +293,11 @@ class MosaicGpuDecodeBlockSizes:
         num_tiles = -(-num_keys // block_k)
         most = -(-num_tiles // (at_once if num_tiles <= at_once else splits))  # tiles of a program
         splits = -(-num_tiles // most)
-        has_core = programs * splits <= HOPPER_CORES
         can_pair = most not in (1, 3) and 2 * splits <= num_tiles
         is_alone = is_far and 2 * programs > HOPPER_CORES
-        groups = 2 if has_core and can_pair and most * block_k >= 256 and not is_alone else 1
-        fit = 3 * 8192 // (groups * block_k * width // 2) if has_core and not is_alone else 2
-        return cls(block_k, splits, groups, min(-(-most // groups), max(1, fit), 3 if groups == 1 else 2))
+        groups = 2 if can_pair and most * block_k >= 256 and not is_alone else 1
+        room = 3 * 16384 // (groups * block_k * width)  # in shared memory, for tiles of each group
+        return cls(block_k, splits, groups, min(-(-most // groups), room, 2 if groups == 2 or is_alone else 3))
 
     @classmethod
     def _of_many(cls, programs: int, num_keys: int, width: int, kv_heads: int) -> "MosaicGpuDecodeBlockSizes":
@@ -337,11 +336,8 @@ class MosaicGpuDecodeBlockSizes:
         programs, num_keys, width = _decode_size(query, key, value, mask, page_table)
         splits = cls.heuristic(query, key, value, mask, page_table).num_splits
         keys = num_keys / splits  # of a program
-        size, is_wide, has_group = (
-            programs * num_keys * width,
-            width == 128,
-            query.shape[1] * query.shape[2] > key.shape[2],
-        )
+        size, is_wide = programs * num_keys * width, width == 128
+        has_group = query.shape[1] * query.shape[2] > key.shape[2]
         if programs < 8:
             is_faster = keys <= 128
         elif programs <= HOPPER_CORES * 3 // 8:  # clusters of more than two leave cores idle, which memory forgives

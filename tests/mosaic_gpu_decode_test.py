@@ -158,6 +158,10 @@ def test_launches():
 @pytest.mark.parametrize(
     ("call", "sizes"),
     [
+        (dict(batch=1, num_keys=1024), Sizes(128, 8, 1, 1)),  # the cache holds it: long tiles
+        (dict(batch=4, num_keys=2048), Sizes(128, 3, 2, 1)),
+        (dict(batch=8, num_keys=4096), Sizes(64, 2, 2, 2)),  # the cache does not
+        (dict(batch=16, num_keys=4096), Sizes(64, 1, 1, 2)),
         (dict(batch=64, num_keys=512), Sizes(64, 1, 1, 2, 2)),  # two heads a program: one wave
         (dict(batch=128, num_keys=256), Sizes(64, 1, 1, 2, 4)),
         (dict(batch=512, num_keys=256, kv_heads=1), Sizes(64, 1, 1, 2)),  # there are no two
@@ -167,5 +171,13 @@ def test_launches():
     ],
     ids=str,
 )
-def test_launches_of_more_heads_than_cores(call, sizes):
+def test_chosen_launches(call, sizes):
     assert launch(**dict(kv_heads=8) | call) == sizes
+
+
+@pytest.mark.parametrize(("num_keys", "block_k", "stages"), [(8192, 128, 3), (16384, 64, 4)])
+def test_chosen_launch_of_triton(num_keys, block_k, stages):
+    """Splits of heads of 64, of which the cache holds the shorter."""
+    query, _, key, value, *_ = operands(2, num_keys, width=64)
+    sizes = TritonDecodeBlockSizes.heuristic(query, key, value, blocks.Mask(None, None), None)
+    assert sizes == TritonDecodeBlockSizes(block_k, 16, 2, stages)
