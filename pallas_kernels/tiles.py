@@ -80,8 +80,17 @@ def softmax_weights(
     if visible is not None:
         s1 = jnp.where(visible, s1, -jnp.inf)
     m_new = jnp.maximum(m, jnp.max(s1, axis=-1) * c)
-    m_finite = jnp.where(m_new == -jnp.inf, 0.0, m_new)
-    return m_new, jnp.exp2(m - m_finite), jnp.exp2(s1 * c - spread(m_finite, s1))
+    return m_new, factor(m, m_new), jnp.exp2(s1 * c - spread(_finite(m_new), s1))
+
+
+def _finite(m: jax.Array) -> jax.Array:
+    """The maximum m, 0 for rows that saw no key."""
+    return jnp.where(m == -jnp.inf, 0.0, m)
+
+
+def factor(m: jax.Array, m_new: jax.Array) -> jax.Array:
+    """What sums are to be multiplied with when the maximum m grows."""
+    return jnp.exp2(m - _finite(m_new))
 
 
 def _nonzero(d1: jax.Array) -> jax.Array:
@@ -172,22 +181,37 @@ def from_fixed_centre(
     return State(m, d1, centre + shift, o1, o2 - spread(shift, o1) * o1)
 
 
+def merge_rows(
+    m: Sequence[jax.Array], d1: Sequence[jax.Array], t_mean: Sequence[jax.Array | None]
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array | None], list[jax.Array]]:
+    """`merge` without the sums over values: (m, d1, t_mean) of all and the factor of each one's sums."""
+    most = functools.reduce(jnp.maximum, m)
+    factors = [factor(x, most) for x in m]
+    total = lambda terms: functools.reduce(jnp.add, terms)
+    shares = [f * x for f, x in zip(factors, d1, strict=True)]
+    sum_d1 = total(shares)
+    if t_mean[0] is None:
+        return (most, sum_d1, None), factors
+    return (most, sum_d1, total(x * t for x, t in zip(shares, t_mean, strict=True)) / _nonzero(sum_d1)), factors
+
+
 def merge(states: Sequence[State]) -> State:
     """The state of rows from their states over disjoint keys, in any order: merging is associative.
 
     m is the largest, and with a = 2^(m_i - m) the merged d1 is sum a d1_i, t_mean is sum a d1_i t_mean_i / d1, o1 is
     sum a o1_i, o2 is sum a (o2_i + (t_mean_i - t_mean) o1_i).
     """
-    m = functools.reduce(jnp.maximum, [x.m for x in states])
-    a = [jnp.exp2(x.m - jnp.where(m == -jnp.inf, 0.0, m)) for x in states]
-    total = lambda term: functools.reduce(jnp.add, [term(f, x) for f, x in zip(a, states, strict=True)])
-    d1 = total(lambda f, x: f * x.d1)
-    o1 = total(lambda f, x: spread(f, x.o1) * x.o1)
-    if states[0].o2 is None:
-        return State(m, d1, None, o1, None)
-    t_mean = total(lambda f, x: f * x.d1 * x.t_mean) / _nonzero(d1)
-    o2 = total(lambda f, x: spread(f, x.o1) * x.o2 + spread(f * (x.t_mean - t_mean), x.o1) * x.o1)
-    return State(m, d1, t_mean, o1, o2)
+    rows, factors = merge_rows(*zip(*((x.m, x.d1, x.t_mean) for x in states), strict=True))
+    sums = [move_sums(x, f, rows[2]) for x, f in zip(states, factors, strict=True)]
+    o1, o2 = (None if x[0] is None else functools.reduce(jnp.add, x) for x in zip(*sums, strict=True))
+    return State(*rows, o1, o2)
+
+
+def move_sums(state: State, a: jax.Array, t_mean: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+    """The sums over values times the factor a, around another t_mean."""
+    if state.o2 is None:
+        return spread(a, state.o1) * state.o1, None
+    return move_values(state.o1, state.o2, a, state.t_mean - t_mean)
 
 
 def merged_output(states: State) -> jax.Array:
@@ -196,7 +220,7 @@ def merged_output(states: State) -> jax.Array:
     Rows that saw no key give 0.
     """
     m = jnp.max(states.m, axis=0)
-    a = jnp.exp2(states.m - jnp.where(m == -jnp.inf, 0.0, m))
+    a = factor(states.m, m)
     share = a * (1.0 / _nonzero(jnp.sum(a * states.d1, axis=0)))
     if states.o2 is None:
         return jnp.sum(share[..., None] * states.o1, axis=0)

@@ -8,6 +8,7 @@ program takes several of a sequence, one after the other, and their tiles are on
 """
 
 import functools
+import math
 import types
 from collections.abc import Callable
 from typing import NamedTuple
@@ -22,8 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import blocks, tiles
 from pallas_kernels.block_sizes import SHARED_MEMORY, MosaicGpuDecodeBlockSizes, decode_capacity
 from pallas_kernels.mosaic_gpu import common, registers
-from pallas_kernels.mosaic_gpu.common import BLOCK
-from pallas_kernels.mosaic_gpu.registers import HALF, HALF_ROWS, ROWS
+from pallas_kernels.mosaic_gpu.registers import HALF, HALF_ROWS, ROWS, WARPS
 
 BARRIERS = 1024  # bytes of shared memory, no fewer than barriers take
 
@@ -49,8 +49,11 @@ def unsupported(query, probe, key, value, mask, page_table, *, scale, block_size
     tiles_there = pl.cdiv(decode_capacity(key, page_table), config.block_k)
     if config.num_parts > tiles_there:
         return f"block_sizes: {config.num_parts} warpgroups share the cache's {tiles_there} tiles"
-    width, states = key.shape[3], pl.cdiv(rows, config.num_splits) * config.num_parts
-    num_bytes = config.num_groups * config.num_stages * 4 * config.block_k * width + states * 8 * (width + 2)
+    width, num_sums = key.shape[3], 1 if probe is None else 2
+    states = pl.cdiv(rows, config.num_splits) * config.num_parts
+    of_warps = math.prod(registers.sums_scratch(rows, num_sums, width)) + math.prod(registers.STATS_SCRATCH)
+    num_bytes = config.num_groups * (config.num_stages * 4 * config.block_k * width + 4 * of_warps)
+    num_bytes += states * 4 * (num_sums * width + 4)
     if num_bytes > SHARED_MEMORY["H100"] - BARRIERS:
         return f"block_sizes: tiles under way and states take {num_bytes} bytes, more than shared memory has"
     return common.unsupported_device()
@@ -86,70 +89,70 @@ class Walk(NamedTuple):
     num_keys: Callable
 
 
-def attend(both, walk: Walk, o, s12, *, c, block, is_softmax, interpret) -> tiles.State:
-    """The state of rows of queries over some tiles of keys.
+def attend(rows, walk: Walk, stats_ref, *, c, block, interpret) -> tiles.State:
+    """The state of rows of queries over some tiles of keys, of each of which a warp takes a quarter.
 
     The loop is rotated as in the forward pass: the product with the values of tile i runs under the softmax of tile
     i + 1.
 
     Args:
-      both: queries and probes, as `registers.gather` gives them; the values' width is theirs.
+      rows: queries and probes or queries alone, as `registers.gather` gives them; the values' width is theirs.
       walk: the tiles.
-      o: accumulator, zero, as wide as the values.
-      s12: accumulator, `block` wide.
+      stats_ref: for `registers.of_all_warps`.
       c: factor on scores, in base 2.
       block: keys of a tile.
-      is_softmax: whether probes are to be left out.
       interpret: whether Pallas' interpreter runs.
+
+    Returns:
+      A state whose statistics are of all keys, and whose sums over values are of each warp's.
     """
+    zeros = lambda *shape: plgpu.layout_cast(jnp.zeros((WARPS * ROWS, *shape), jnp.float32), HALF if shape else HALF_ROWS)
 
-    def start_scores(i):
-        keys = walk.wait_for("k", i)
-        common.assign(s12, common.zeros(block), interpret)
-        common.add_product(s12, both, keys.transpose((1, 0)), interpret)
-
-    def weights(i, stats, pending=0):
-        """Statistics of the rows moved by tile i, the factor and the shift for their sums, and its weights."""
-        s1, t = registers.split(common.read(s12, pending=pending), interpret)
+    def scores(i):
+        products = registers.scores(rows, walk.wait_for("k", i), interpret)
         walk.done("k", i)
+        return products
+
+    def weights(i, stats, s1, t=None):
+        """Statistics of the rows moved by tile i, the factor and the shift for their sums, and its weights."""
         visible = walk.visible(i, s1)
         m, d1, t_mean = stats
-        if is_softmax:
+        if t is None:
             m, a, p = tiles.softmax_weights(m, s1, c, visible)
-            weights = registers.join(p, p, interpret).astype(both.dtype)
-            return (m, a * d1 + jnp.sum(p, axis=-1), t_mean), a, t_mean, weights
+            return (m, a * d1 + jnp.sum(p, axis=-1), None), a, None, [p.astype(rows[0].dtype)]
         t = jnp.where(visible, t, 0.0)  # whatever lies there
-        stats, a, p, p2 = tiles.weigh_rows(m, d1, t_mean, s1, t, c, visible)
-        return stats, a, t_mean - stats[2], registers.join(p, p2, interpret).astype(both.dtype)
+        stats, a, *both = tiles.weigh_rows(m, d1, t_mean, s1, t, c, visible)
+        return stats, a, t_mean - stats[2], [p.astype(rows[0].dtype) for p in both]
 
-    def add_values(i, p):
+    def add_values(i, sums, p):
         num_keys, values = walk.num_keys(i), walk.wait_for("v", i)
         pl.when(num_keys < block)(lambda: registers.hide(values, num_keys, interpret))
-        common.add_product(o, p, values, interpret)
+        sums = registers.add_values(sums, p, values, interpret)
+        walk.done("v", i)
+        return sums
+
+    def move(sums, a, moved):
+        return [tiles.spread(a, sums[0]) * sums[0]] if moved is None else list(tiles.move_values(*sums, a, moved))
 
     def body(i, carry):
-        stats, p = carry
-        start_scores(i)
-        add_values(i - 1, p)
-        stats, a, moved, p = weights(i, stats, pending=1)
-        halves = registers.split(common.read(o), interpret)
-        if is_softmax:
-            halves = [tiles.spread(a, x) * x for x in halves]
-        else:
-            halves = tiles.move_values(*halves, a, moved)
-        walk.done("v", i - 1)
-        common.assign(o, registers.join(*halves, interpret), interpret)
-        return stats, p
+        stats, p, sums = carry
+        products = scores(i)
+        sums = add_values(i - 1, sums, p)
+        stats, a, moved, p = weights(i, stats, *products)
+        return stats, p, move(sums, a, moved)
 
-    start_scores(0)
-    zero = plgpu.layout_cast(jnp.zeros((BLOCK // 2,), jnp.float32), HALF_ROWS)
-    stats, _, _, p = weights(0, (zero - jnp.inf, zero, zero))
+    sums = [zeros(rows[0].shape[1]) for _ in rows]
+    stats, _, _, p = weights(0, (zeros() - jnp.inf, zeros(), zeros() if len(rows) == 2 else None), *scores(0))
     if not isinstance(walk.count, int) or walk.count > 1:
-        stats, p = lax.fori_loop(1, walk.count, body, (stats, p))
-    add_values(walk.count - 1, p)
-    state = tiles.State(*stats, *registers.split(common.read(o), interpret))
-    walk.done("v", walk.count - 1)
-    return state._replace(t_mean=None, o2=None) if is_softmax else state
+        stats, p, sums = lax.fori_loop(1, walk.count, body, (stats, p, sums))
+    by_warp = registers.of_all_warps([x for x in stats if x is not None], stats_ref, interpret)
+    by_warp = [[*x, None][:3] for x in by_warp]
+    sums = add_values(walk.count - 1, sums, p)
+    m, _, t_mean = stats
+    stats, _ = tiles.merge_rows(*zip(*by_warp, strict=True))
+    state = tiles.State(m, None, t_mean, *sums, *[None] * (2 - len(rows)))
+    sums = tiles.move_sums(state, tiles.factor(m, stats[0]), stats[2])
+    return tiles.State(*stats, *sums)
 
 
 def decode(query, probe, key, value, mask: blocks.Mask, page_table, *, scale, block_sizes):
@@ -212,9 +215,9 @@ def decode(query, probe, key, value, mask: blocks.Mask, page_table, *, scale, bl
         def rows_of(kv):
             """Queries and probes of a head."""
             own_rows = pl.ds(0, num_queries), pl.ds(kv * group_heads, group_heads)
-            return registers.gather(*(x.at[b, *own_rows] for x in (q_ref, *(r_ref or [q_ref]))), rows, interpret)
+            return registers.gather([x.at[b, *own_rows] for x in (q_ref, *r_ref)], rows, interpret)
 
-        both = rows_of(first_head)
+        first_rows = rows_of(first_head)
         length = jnp.minimum(given["lengths"][b], num_keys)
         offset = given["offset"][b] if "offset" in given else length - num_queries
         end = blocks.visible_end(offset, num_queries, length, True)
@@ -234,22 +237,23 @@ def decode(query, probe, key, value, mask: blocks.Mask, page_table, *, scale, bl
 
         for step in range(is_early, min(stages, num_heads) if has_one_tile else stages):
             copy_step(jnp.int32(step))
-        row = plgpu.broadcasted_iota(jnp.int32, (BLOCK // 2,), 0, layout=HALF_ROWS)
+        row = plgpu.broadcasted_iota(jnp.int32, (WARPS * ROWS,), 0, layout=HALF_ROWS)
         position = offset + lax.div(jnp.minimum(lax.rem(row, ROWS), rows - 1), group_heads)
-        last_seen = jnp.minimum(position, length - 1)
+        own_quarter = registers.first_of_quarter(block)
+        last_seen = jnp.minimum(position, length - 1) - own_quarter
 
         def visible(i, like):
             key = first_key(i)
             across = plgpu.broadcasted_iota(jnp.int32, like.shape, 1, layout=HALF)
             seen = across <= tiles.spread(last_seen - key, like)
             if mask.window is not None:
-                seen &= across > tiles.spread(position - mask.window - key, like)
+                seen &= across > tiles.spread(position - mask.window - own_quarter - key, like)
             return seen
 
-        def attend_head(head, both):
+        def attend_head(head, rows_here):
             """Attends from a head's rows and writes its output; returns the rows of the next."""
             kv = first_head + head
-            following = both if num_heads == 1 else rows_of(jnp.minimum(kv + 1, first_head + num_heads - 1))
+            following = rows_here if num_heads == 1 else rows_of(jnp.minimum(kv + 1, first_head + num_heads - 1))
 
             def wait_for(name, i):
                 to, ready = (s.k, s.k_ready) if name == "k" else (s.v, s.v_ready)
@@ -262,16 +266,16 @@ def decode(query, probe, key, value, mask: blocks.Mask, page_table, *, scale, bl
                     copy_step(head * count + i + stages, name)
 
             walk = Walk(count, wait_for, done, visible, lambda i: end - first_key(i))
-            run = functools.partial(attend, both, walk, c=c, block=block, is_softmax=probe is None, interpret=interpret)
-            state = pl.run_scoped(run, *common.accumulators(width, block))
+            of_group = lambda name: None if interpret else getattr(s, name).at[group]
+            state = attend(rows_here, walk, of_group("warp_stats"), c=c, block=block, interpret=interpret)
             if interpret:  # Pallas' interpreter has no memory that a cluster shares: see below
                 for ref, x in zip(out_refs, jax.tree.leaves(state), strict=True):
+                    x = x if x.ndim == 1 else registers.added_up(x)
                     ref[part, b * kv_heads + kv] = x[:rows]
                 return following
             inbox = scratch.get("inbox")
-            registers.exchange(
-                state, part, inbox, s.stats, s.sums, rows=rows, num_splits=num_splits, again=num_heads > 1
-            )
+            to = inbox, s.stats, s.sums, of_group("warp_sums")
+            registers.exchange(state, part, *to, rows=rows, num_splits=num_splits, again=num_heads > 1)
             for i in range(0, slots, groups):
                 row = own + (i + group) * num_splits
                 pl.when(row < rows)(functools.partial(merge, kv, i + group, row))
@@ -288,20 +292,17 @@ def decode(query, probe, key, value, mask: blocks.Mask, page_table, *, scale, bl
             out_refs[0][b, lax.div(row, group_heads), kv * group_heads + lax.rem(row, group_heads)] = out.astype(dtype)
 
         if num_heads == 1:
-            attend_head(0, both)
+            attend_head(0, first_rows)
         else:
-            lax.fori_loop(0, num_heads, attend_head, both)
+            lax.fori_loop(0, num_heads, attend_head, first_rows)
 
     programs = batch * kv_heads
     stat = jax.ShapeDtypeStruct((num_parts, programs, rows), jnp.float32)
     sums = jax.ShapeDtypeStruct((*stat.shape, width), jnp.float32)
     states = tiles.State(stat, stat, stat, sums, sums) if probes else tiles.State(stat, stat, None, sums, None)
     ready = plgpu.Barrier(num_barriers=groups * stages)
-    k_tiles, v_tiles = (
-        common.swizzled(block, width, groups * stages, dtype=dtype, line=line)
-        for line in (BLOCK, registers.line_width(block))
-    )
-    scratch = dict(k=k_tiles, v=v_tiles, k_ready=ready, v_ready=ready)
+    tiles_here = common.swizzled(block, width, groups * stages, dtype=dtype)
+    scratch = dict(k=tiles_here, v=tiles_here, k_ready=ready, v_ready=ready)
     launch = dict(grid=(programs // num_heads,))
     if interpret:
         launch = dict(grid=(programs // num_heads * num_splits,), interpret=plgpu.InterpretGPUParams())
@@ -311,6 +312,8 @@ def decode(query, probe, key, value, mask: blocks.Mask, page_table, *, scale, bl
             scratch["inbox"] = plgpu.SMEM((2,), jnp.int32)
         scratch["stats"] = plgpu.SMEM((slots, num_parts, 4), jnp.float32)
         scratch["sums"] = plgpu.SMEM((slots, num_parts, 1 + len(probes), width), jnp.float32)
+        of_warps = dict(warp_stats=registers.STATS_SCRATCH, warp_sums=registers.sums_scratch(rows, 1 + len(probes), width))
+        scratch |= {name: plgpu.SMEM((groups, *shape), jnp.float32) for name, shape in of_warps.items()}
     results = plgpu.kernel(
         kernel,
         out_type=jax.tree.leaves(states) if interpret else jax.ShapeDtypeStruct(query.shape, dtype),

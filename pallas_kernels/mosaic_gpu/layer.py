@@ -236,6 +236,7 @@ def _layers(
         buffers = before | dict(zip(outputs, refs[tree.num_leaves :], strict=True))
         g, s, now = types.SimpleNamespace(**inputs), types.SimpleNamespace(**scratch), types.SimpleNamespace()
         weight_tiles, head_tiles = (s.weights, s.heads) if interpret else s.ring
+        input_row, warp_sums = (s.row, None) if interpret else s.row
         thread = lax.axis_index("thread")
 
         def facts(program, length, end):
@@ -364,7 +365,7 @@ def _layers(
         def multiply(name, vectors):
             """The program's share of a product with `vectors`: (values, index of the first of the share's, layout)."""
             for x, first, layout in vectors:
-                registers.write_row(s.row, x.astype(dtype), layout, interpret, first=first)
+                registers.write_row(input_row, x.astype(dtype), layout, interpret, first=first)
             plgpu.commit_smem()
             plan = plans[name]
             depth, share = plan.share // TILE[0], lax.rem(now.program, plan.shares)
@@ -376,7 +377,7 @@ def _layers(
                     for k in range(depth):
                         at = slot(first + k)
                         plgpu.barrier_wait(s.ready.at[at])
-                        inputs = s.row.at[:, pl.ds(k * TILE[0], TILE[0])]
+                        inputs = input_row.at[:, pl.ds(k * TILE[0], TILE[0])]
                         plgpu.wgmma(sums, weight_tiles.at[at].transpose((1, 0)), inputs.transpose((1, 0)))
                     to = buffers[name].at[share, pl.ds(column * TILE[1], TILE[1])]
                     registers.store_column(to, common.read(sums), interpret)
@@ -466,7 +467,7 @@ def _layers(
                 return x[...] if interpret else plgpu.load(x, layout=layout.reduce(0), optimized=False)
 
             plgpu.commit_smem()
-            both = registers.gather(s.rows.at[0], s.rows.at[1 if has_probe else 0], group, interpret)
+            rows_here = registers.gather([s.rows.at[i] for i in range(1 + has_probe)], group, interpret)
 
             @pl.when((now.own == 0) & now.is_new)
             def _to_cache():
@@ -495,13 +496,12 @@ def _layers(
 
             def visible(i, like):
                 across = plgpu.broadcasted_iota(jnp.int32, like.shape, 1, layout=registers.HALF)
-                return across < now.num_keys - key_of(now.own, i)
+                left = now.num_keys - key_of(now.own, i) - registers.first_of_quarter(block)
+                return across < tiles.spread(left, like)
 
             walk = decode.Walk(now.count, wait_for, done, visible, lambda i: now.num_keys - key_of(now.own, i))
-            options = dict(c=c, block=block, is_softmax=not has_probe, interpret=interpret)
-            run = functools.partial(decode.attend, both, walk, **options)
-            state = pl.run_scoped(run, *common.accumulators(head_dim, block))
-            registers.store_state(state, stats.at[now.own], sums.at[now.own], group, interpret)
+            state = decode.attend(rows_here, walk, s.warp_stats, c=c, block=block, interpret=interpret)
+            registers.store_state(state, stats.at[now.own], sums.at[now.own], warp_sums, group, interpret)
 
         def out():
             meet("head", 0)  # who needs a head's states has made one of them
@@ -565,15 +565,21 @@ def _layers(
     slots = {name: common.swizzled(*shape, SLOTS, dtype=dtype) for name, shape in slots.items()}
     longest = max(plan.share for plan in plans.values())
     scratch = dict(
-        row=plgpu.SMEM((registers.ROWS, longest), dtype, transforms=common.swizzle(TILE[1])),
         stream=plgpu.SMEM((width,), dtype),
         new=plgpu.SMEM((2, head_dim), dtype),
         kept=plgpu.SMEM((4,), jnp.int32),
         rows=plgpu.SMEM((2, 1, group, head_dim), dtype),
+        warp_stats=plgpu.SMEM(registers.STATS_SCRATCH, jnp.float32),
         ready=plgpu.Barrier(num_barriers=SLOTS),
         free=plgpu.Barrier(num_barriers=SLOTS),
     )
-    scratch |= slots if interpret else dict(ring=plgpu.RefUnion(*slots.values()))
+    row = plgpu.SMEM((registers.ROWS, longest), dtype, transforms=common.swizzle(TILE[1]))
+    sums = registers.sums_scratch(group, 1 + has_probe, head_dim, 16 * longest)  # while there is no product
+    if interpret:
+        scratch |= dict(slots, row=row)
+    else:
+        sums = plgpu.SMEM(sums, jnp.float32)
+        scratch |= dict(ring=plgpu.RefUnion(*slots.values()), row=plgpu.RefUnion(row, sums))
     refs = [jax.new_ref(x) for x in (key[:, 0], value[:, 0], counters)]
 
     def run(stages, blocks, given, before):

@@ -1,13 +1,16 @@
-"""What Hopper's decode does below Pallas, register by register: halves of a tile, and how programs exchange states.
+"""What Hopper's decode does below Pallas, register by register: its products, and how warps and programs exchange states.
 
-A tile of matrix instructions has 64 rows, 16 to a warp. Here rows 0 to 7 of 16 are query rows of one kv head, rows 8 to
-15 their probes, the same in all four warps. A thread holds rows i and i + 8 in registers of their own, so that taking a
-tile apart moves nothing.
+The four warps of a warpgroup share out the keys of a tile, a quarter each. A warp's matrix instructions have 16 rows:
+the first 8 are query rows of one kv head, the others their probes. A thread holds rows i and i + 8 in registers of
+their own, so that both products of a tile are one and taking them apart moves nothing. To Pallas, arrays of 32 rows are
+8 rows of each warp.
 
 Every function has a plain version for Pallas' interpreter, but for those in which programs meet.
 """
 
 import functools
+import itertools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,27 +20,31 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
 
 from pallas_kernels import tiles
 from pallas_kernels.mosaic_gpu import common
-from pallas_kernels.mosaic_gpu.common import BLOCK
 
 ROWS = 8  # of queries, and of probes
 TILE = plgpu.Layout.WGMMA
-HALF = plgpu.Layout.TILED(  # the queries' rows of a tile, or the probes'
+HALF = plgpu.Layout.TILED(  # the queries' rows, or the probes'
     fragmented_array.Tiling(((32, 8), (8, 8), (2,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
 )
 HALF_ROWS = HALF.reduce(1)  # one number for each of these rows
-_HALVES = 4  # axis of a tile's registers that tells the halves apart
+WARPS = 4  # which share the keys of a tile
+STATS_SCRATCH = WARPS, ROWS, 4  # shape of the shared memory through which warps exchange statistics
 
 
-def _typed(columns: int, dtype, layout) -> plgpu.ShapeDtypeStruct:
-    return plgpu.ShapeDtypeStruct((BLOCK if layout is TILE else BLOCK // 2, columns), dtype, layout=layout)
+def _half(columns: int, dtype) -> plgpu.ShapeDtypeStruct:
+    return plgpu.ShapeDtypeStruct((WARPS * ROWS, columns), dtype, layout=HALF)
 
 
-def _array(registers: np.ndarray, layout) -> mgpu.FragmentedArray:
-    return mgpu.FragmentedArray(_registers=registers, _layout=layout.to_mgpu(), _is_signed=None)
+def _array(registers: Sequence[ir.Value], columns: int) -> mgpu.FragmentedArray:
+    """Of layout `HALF`, from a register for each 8 columns."""
+    layout = HALF.to_mgpu()
+    array = np.empty(layout.registers_shape((WARPS * ROWS, columns)), dtype=object)
+    array.flat[:] = registers
+    return mgpu.FragmentedArray(_registers=array, _layout=layout, _is_signed=None)
 
 
 def _i32(x: int) -> ir.Value:
@@ -77,21 +84,21 @@ def _thread() -> tuple[ir.Value, ir.Value, ir.Value]:
     return arith.remui(arith.divui(thread, _i32(32)), _i32(4)), arith.divui(lane, _i32(4)), arith.remui(lane, _i32(4))
 
 
-def gather(query, probe, rows: int, interpret: bool) -> jax.Array:
-    """The tile of queries and probes.
+def gather(given: Sequence, rows: int, interpret: bool) -> list[jax.Array]:
+    """The rows of queries and of probes, (32, H) each, the same in all warps.
 
     Args:
-      query: reference (T, heads, H) to the queries of one kv head, in global or shared memory.
-      probe: likewise the probes.
+      given: references (T, heads, H) to the queries of one kv head, in global or shared memory, and to its probes.
       rows: T times the heads, at most `ROWS`; the rows after these repeat the last.
       interpret: whether Pallas' interpreter runs.
     """
-    _, heads, width = query.shape
+    _, heads, width = given[0].shape
+    dtype = given[0].dtype
     if interpret:
-        row = jnp.minimum(lax.rem(jnp.arange(BLOCK // 2), ROWS), rows - 1)
-        return join(*(jnp.take(x[...].reshape(rows, width), row, axis=0) for x in (query, probe)), interpret)
+        row = jnp.minimum(lax.rem(jnp.arange(WARPS * ROWS), ROWS), rows - 1)
+        return [jnp.take(x[...].reshape(rows, width), row, axis=0) for x in given]
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 2, return_type=_typed(width, query.dtype, TILE))
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(given), return_type=[_half(width, dtype)] * len(given))
     def load(_, *refs):
         _, row, pair = _thread()
         row = arith.minui(row, _i32(rows - 1))
@@ -100,49 +107,155 @@ def gather(query, probe, rows: int, interpret: bool) -> jax.Array:
         offset = arith.muli(arith.divui(row, _i32(heads)), _i32(of_token))
         offset = arith.addi(offset, arith.muli(arith.remui(row, _i32(heads)), _i32(of_head)))
         offset = arith.addi(offset, arith.muli(pair, _i32(2)))
-        registers = np.empty(TILE.to_mgpu().registers_shape((BLOCK, width)), dtype=object)
-        for half, ref in enumerate(refs):
-            base = _pointer(ref)
+
+        def pairs(ref):
             for chunk in range(width // 8):
-                at = mgpu.utils.getelementptr(base, [arith.addi(offset, _i32(8 * chunk))], kind.element_type)
-                pair_of_columns = llvm.load(ir.VectorType.get((2,), kind.element_type), at, alignment=4)
-                registers[(0, chunk, 0, 0, half, 0, 0, 0, 0)] = pair_of_columns
-        return _array(registers, TILE)
+                at = mgpu.utils.getelementptr(
+                    _pointer(ref), [arith.addi(offset, _i32(8 * chunk))], kind.element_type
+                )
+                yield llvm.load(ir.VectorType.get((2,), kind.element_type), at, alignment=4)
 
-    return load(query, probe)
+        return [_array(list(pairs(ref)), width) for ref in refs]
+
+    return load(*given)
 
 
-def split(x: jax.Array, interpret: bool) -> tuple[jax.Array, jax.Array]:
-    """The queries' rows of a tile, and the probes': (32, columns) each."""
+def first_of_quarter(num_keys: int) -> jax.Array:
+    """First key of the quarter of a tile that the warp of a row has, (32,)."""
+    row = plgpu.broadcasted_iota(jnp.int32, (WARPS * ROWS,), 0, layout=HALF_ROWS)
+    return lax.div(row, ROWS) * (num_keys // WARPS)
+
+
+def _fragments(ref: ir.Value, rows: int, columns: int, layout: nvvm.MMALayout) -> list[list[ir.Value]]:
+    """A warp's quarter of a tile in shared memory as matrix instructions take it: [8 rows][8 columns].
+
+    Args:
+      ref: the tile, in lines of 64 columns.
+      rows: of the tile.
+      columns: likewise.
+      layout: row, or col for 8 x 8 numbers transposed.
+    """
+    warp, _, _ = _thread()
+    lane = arith.remui(mgpu.utils.thread_idx(), _i32(32))
+    line, matrix = arith.remui(lane, _i32(8)), arith.divui(lane, _i32(8))  # of which this thread says where it lies
+    of_eight = columns // 64 * 1024  # bytes
+    base = arith.addi(_shared_address(ref), arith.muli(warp, _i32(rows // WARPS // 8 * of_eight)))
+    base = arith.addi(base, arith.muli(line, _i32(128)))
+    firsts = [arith.addi(base, arith.muli(arith.xori(arith.addi(matrix, _i32(i)), line), _i32(16))) for i in (0, 4)]
+    shared, i8 = llvm.PointerType.get(address_space=3), ir.IntegerType.get_signless(8)
+    firsts = [llvm.inttoptr(shared, x) for x in firsts]
+
+    def load(eight: int, four: int):
+        offset = eight * of_eight + four // 2 * 1024
+        at = llvm.getelementptr(shared, firsts[four % 2], [], [offset], i8, llvm.GEPNoWrapFlags.none)
+        shape, kind = ir.Attribute.parse("#nvvm.ld_st_matrix_shape<m=8, n=8>"), nvvm.LdStMatrixEltType.B16
+        loaded = nvvm.ldmatrix(at, layout=layout, num=4, shape=shape, elt_type=kind)
+        return [llvm.extractvalue(ir.IntegerType.get_signless(32), loaded, [i]) for i in range(4)]
+
+    return [[x for four in range(columns // 32) for x in load(eight, four)] for eight in range(rows // WARPS // 8)]
+
+
+def _multiply(sums: Sequence[ir.Value], a: Sequence[ir.Value], b: Sequence[ir.Value], dtype) -> list[ir.Value]:
+    """sums + a @ b of a warp: 16 rows, 8 columns, 8 or 16 numbers deep."""
+    f32 = ir.F32Type.get()
+    name, names = {jnp.bfloat16: "bf16", jnp.float16: "f16"}[jnp.dtype(dtype).type], itertools.count()
+    operands = ", ".join("{" + ", ".join(f"${next(names)}" for _ in range(n)) + "}" for n in (4, len(a), len(b), 4))
+    out = llvm.inline_asm(
+        llvm.StructType.get_literal([f32] * 4),
+        [*a, *b, *sums],
+        f"mma.sync.aligned.m16n8k{8 * len(b)}.row.col.f32.{name}.{name}.f32 {operands};",
+        ",".join(["=f"] * 4 + ["r"] * (len(a) + len(b)) + ["f"] * 4),
+        has_side_effects=False,
+    )
+    return [llvm.extractvalue(f32, out, [i]) for i in range(4)]
+
+
+def _rows_of_a(halves: Sequence[mgpu.FragmentedArray]) -> list[list[ir.Value]]:
+    """Registers of the left side of a product: [8 columns][half]; without a second half there are zeros."""
+    i32 = ir.IntegerType.get_signless(32)
+    bits = [[mgpu.utils.bitcast(x, i32) for x in half.registers.flat] for half in halves]
+    return list(zip(*bits, *[[_i32(0)] * len(bits[0])] * (2 - len(bits)), strict=True))
+
+
+def _pair(x: ir.Value, y: ir.Value) -> ir.Value:
+    return vector.from_elements(ir.VectorType.get((2,), x.type), [x, y])
+
+
+def scores(rows: Sequence[jax.Array], keys, interpret: bool) -> list[jax.Array]:
+    """Products of rows with a tile of keys, in float32: of each warp's rows with its quarter of the keys.
+
+    Args:
+      rows: (32, H) queries, and probes where there are some.
+      keys: reference (keys, H) to shared memory, in lines of 64 columns.
+      interpret: whether Pallas' interpreter runs.
+
+    Returns:
+      (32, keys / 4) for each of the rows.
+    """
+    num_keys, width = keys.shape
     if interpret:
-        halves = x.reshape(-1, 2, ROWS, x.shape[1])
-        return tuple(halves[:, i].reshape(-1, x.shape[1]) for i in range(2))
+        quarters = keys[...].reshape(WARPS, num_keys // WARPS, width)
+        product = functools.partial(jnp.einsum, "wrh,wkh->wrk", preferred_element_type=jnp.float32)
+        return [product(x.reshape(WARPS, ROWS, width), quarters).reshape(WARPS * ROWS, -1) for x in rows]
+    dtype, columns = keys.dtype, num_keys // WARPS
 
-    @plgpu.inline_mgpu(arg_types=(TILE,), return_type=(_typed(x.shape[1], x.dtype, HALF),) * 2)
-    def halves(_, x):
-        shape = HALF.to_mgpu().registers_shape((BLOCK // 2, x.shape[1]))
-        return tuple(_array(x.registers.take(i, _HALVES).reshape(shape), HALF) for i in range(2))
+    @plgpu.inline_mgpu(
+        arg_types=([HALF] * len(rows), plgpu.RefType(common.swizzle(64))),
+        return_type=[_half(columns, jnp.float32)] * len(rows),
+    )
+    def product(_, rows, keys):
+        a, zero = _rows_of_a(rows), mgpu.c(0.0, ir.F32Type.get())
+        tile = _fragments(keys, num_keys, width, nvvm.MMALayout.row)
+        chains = max(1, 4 // len(tile))  # products that do not wait for one another
+        halves = [[], []]
+        for b in tile:
+            sums = [[zero] * 4 for _ in range(chains)]
+            for i in range(0, width // 8, 2):
+                chain = i // 2 % chains
+                sums[chain] = _multiply(sums[chain], [*a[i], *a[i + 1]], b[i : i + 2], dtype)
+            total = functools.reduce(lambda x, y: list(map(arith.addf, x, y)), sums)
+            for half, x in zip(halves, (total[:2], total[2:]), strict=True):
+                half.append(_pair(*x))
+        return [_array(half, columns) for half, _ in zip(halves, rows, strict=False)]
 
-    return halves(x)
+    return product(list(rows), keys)
 
 
-def join(x: jax.Array, y: jax.Array, interpret: bool) -> jax.Array:
-    """The tile of which `split` gives x and y."""
+def add_values(sums: Sequence[jax.Array], weights: Sequence[jax.Array], values, interpret: bool) -> list[jax.Array]:
+    """sums + weights @ values: of each warp's rows, the products with its quarter of the keys.
+
+    Args:
+      sums: (32, H) float32, one or two.
+      weights: (32, keys / 4) of the values' dtype for each.
+      values: reference (keys, H) to shared memory, in lines of 64 columns.
+      interpret: whether Pallas' interpreter runs.
+    """
+    num_keys, width = values.shape
     if interpret:
-        return jnp.stack([z.reshape(-1, ROWS, x.shape[1]) for z in (x, y)], axis=1).reshape(BLOCK, x.shape[1])
+        quarters = values[...].reshape(WARPS, num_keys // WARPS, width)
+        product = functools.partial(jnp.einsum, "wrk,wkh->wrh", preferred_element_type=jnp.float32)
+        weights = [x.reshape(WARPS, ROWS, num_keys // WARPS) for x in weights]
+        return [o + product(x, quarters).reshape(o.shape) for o, x in zip(sums, weights, strict=True)]
+    dtype = values.dtype
 
-    @plgpu.inline_mgpu(arg_types=(HALF, HALF), return_type=_typed(x.shape[1], x.dtype, TILE))
-    def joined(_, x, y):
-        shape = TILE.to_mgpu().registers_shape((BLOCK, x.shape[1]))
-        halves = [z.registers.reshape(shape[:_HALVES] + shape[_HALVES + 1 :]) for z in (x, y)]
-        return _array(np.stack(halves, axis=_HALVES), TILE)
+    @plgpu.inline_mgpu(
+        arg_types=([HALF] * len(sums), [HALF] * len(sums), plgpu.RefType(common.swizzle(64))),
+        return_type=[_half(width, jnp.float32)] * len(sums),
+    )
+    def product(_, sums, weights, values):
+        a, tile = _rows_of_a(weights), _fragments(values, num_keys, width, nvvm.MMALayout.col)
+        zeros = [mgpu.c(0.0, ir.F32Type.get())] * (4 - 2 * len(sums))
+        halves = [[], []]
+        for i in range(width // 8):
+            total = [x for o in sums for x in _elements(o.registers.flat[i])] + zeros
+            for j in range(0, len(tile), 2):
+                several = range(j, min(j + 2, len(tile)))
+                total = _multiply(total, [x for k in several for x in a[k]], [tile[k][i] for k in several], dtype)
+            for half, x in zip(halves, (total[:2], total[2:]), strict=True):
+                half.append(_pair(*x))
+        return [_array(half, width) for half, _ in zip(halves, sums, strict=False)]
 
-    return joined(x, y)
-
-
-def line_width(rows: int) -> int:
-    """Columns of a tile of values that lie in a row in shared memory; matrix instructions take as many of its rows."""
-    return min(rows, 64)
+    return product(list(sums), list(weights), values)
 
 
 def hide(values, limit: jax.Array, interpret: bool) -> None:
@@ -152,7 +265,7 @@ def hide(values, limit: jax.Array, interpret: bool) -> None:
         row = lax.broadcasted_iota(jnp.int32, values.shape, 0)
         values[...] = jnp.where(row < limit, values[...], jnp.zeros((), values.dtype))
         return
-    columns = line_width(num_rows)
+    columns = 64
     threads, lines = columns // 8, width // columns  # of 16 bytes for a line, of a row
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(common.swizzle(columns)), plgpu.Layout.WG_SPLAT(())))
@@ -176,29 +289,95 @@ def hide(values, limit: jax.Array, interpret: bool) -> None:
     plgpu.commit_smem()
 
 
-def _store_rows(stats, sums, to_stats: ir.Value, to_sums: ir.Value, exists: ir.Value, store) -> None:
-    """Stores a thread's part of its row's state.
+def of_all_warps(stats: Sequence[jax.Array], ref, interpret: bool) -> list[list[jax.Array]]:
+    """Statistics of rows by all warps' keys: for each warp, what its rows have, in all warps.
 
     Args:
-      stats: m, d1 and t_mean; without a probe the first two.
-      sums: o1 and o2, or o1.
-      to_stats: where the row's four numbers go.
-      to_sums: where its sums go, (1 or 2, columns), from the thread's pair of columns on.
-      exists: whether there is such a row.
-      store: (address, bytes from there, values) stores two or four floats.
+      stats: (32,) each, up to four.
+      ref: float32 in shared memory, `STATS_SCRATCH`, of which nobody reads what came before.
+      interpret: whether Pallas' interpreter runs.
     """
-    warp, _, pair = _thread()
-    is_equal = functools.partial(arith.cmpi, arith.CmpIPredicate.eq)
-    width = sums[0].shape[1]
-    for quarter in range(4):  # all warps hold the same: each stores a part
-        with mgpu.utils.when(arith.andi(exists, is_equal(warp, _i32(quarter)))):
-            for i, x in enumerate(sums):
-                for chunk in range(quarter * width // 32, (quarter + 1) * width // 32):
-                    store(to_sums, 4 * (i * width + 8 * chunk), _elements(x.registers.flat[chunk]))
+    if interpret:
+        return [[jnp.tile(x.reshape(WARPS, ROWS)[warp], WARPS) for x in stats] for warp in range(WARPS)]
+    row = plgpu.ShapeDtypeStruct((WARPS * ROWS,), jnp.float32, layout=HALF_ROWS)
+
+    @plgpu.inline_mgpu(arg_types=([HALF_ROWS] * len(stats), plgpu.RefType()), return_type=[row] * (len(stats) * WARPS))
+    def exchanged(_, stats, ref):
+        warp, row, pair = _thread()
+        f32 = ir.F32Type.get()
+        four = ir.VectorType.get((4,), f32)
+        at = lambda warp: mgpu.utils.getelementptr(
+            _pointer(ref), [arith.addi(arith.muli(warp, _i32(4 * ROWS)), arith.muli(row, _i32(4)))], f32
+        )
+        with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.eq, pair, _i32(0))):
+            llvm.store(vector.from_elements(four, _four(stats)), at(warp), alignment=16)
+        mgpu.utils.warpgroup_barrier()
+        layout = HALF_ROWS.to_mgpu()
+
+        def array(x):
+            registers = np.empty(layout.registers_shape((WARPS * ROWS,)), dtype=object)
+            registers.flat[0] = vector.from_elements(ir.VectorType.get((1,), f32), [x])
+            return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+        loaded = [_elements(llvm.load(four, at(_i32(warp)), alignment=16)) for warp in range(WARPS)]
+        return [array(x) for numbers in loaded for x in numbers[: len(stats)]]
+
+    flat = exchanged(list(stats), ref)
+    return [flat[i : i + len(stats)] for i in range(0, len(flat), len(stats))]
+
+
+def _four(stats: Sequence[mgpu.FragmentedArray]) -> list[ir.Value]:
+    """A row's statistics as four numbers."""
     numbers = [_elements(x.registers.item())[0] for x in stats]
-    numbers += numbers[:1] * (4 - len(numbers))
-    with mgpu.utils.when(arith.andi(exists, is_equal(arith.addi(warp, pair), _i32(0)))):
-        store(to_stats, 0, numbers)
+    return numbers + numbers[:1] * (4 - len(numbers))
+
+
+def sums_scratch(rows: int, num_sums: int, width: int, most: int = 17 << 10) -> tuple[int, int, int]:
+    """Shape of the shared memory, `most` bytes of it, through which a warpgroup's warps add up sums of rows.
+
+    (warps, rows at once, numbers), of float32.
+    """
+    numbers = num_sums * width + 8  # so that rows lie in different banks
+    return WARPS, max(1, min(rows, most // (4 * WARPS * numbers))), numbers
+
+
+def _add_up(sums: Sequence[mgpu.FragmentedArray], ref: ir.Value, rows: int, store: Callable) -> None:
+    """Adds up the sums of a warpgroup's warps.
+
+    Args:
+      sums: (32, columns) each.
+      ref: in shared memory, of the shape that `sums_scratch` gives.
+      rows: that are there of 8.
+      store: (row, number, values, exists) stores two of a row's sums, of which there are (len(sums), columns).
+    """
+    warp, row, pair = _thread()
+    thread = arith.remui(mgpu.utils.thread_idx(), _i32(128))
+    width = sums[0].shape[1]
+    _, at_once, numbers = ir.MemRefType(ref.type).shape
+    f32 = ir.F32Type.get()
+    two, base = ir.VectorType.get((2,), f32), _pointer(ref)
+    at = lambda warp, row, number: mgpu.utils.getelementptr(
+        base, [arith.addi(number, arith.muli(arith.addi(arith.muli(warp, _i32(at_once)), row), _i32(numbers)))], f32
+    )
+    for first in range(0, rows, at_once):
+        here = min(at_once, rows - first)
+        if first:
+            mgpu.utils.warpgroup_barrier()
+        of_these = arith.subi(row, _i32(first))
+        with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.ult, of_these, _i32(here))):
+            to = at(warp, of_these, arith.muli(pair, _i32(2)))
+            for i, x in enumerate(sums):
+                for chunk, register in enumerate(x.registers.flat):
+                    llvm.store(register, mgpu.utils.getelementptr(to, [i * width + 8 * chunk], f32), alignment=8)
+        mgpu.utils.warpgroup_barrier()
+        of_row = len(sums) * width // 2  # pairs
+        for start in range(0, here * of_row, 128):
+            item = arith.addi(thread, _i32(start))
+            exists = arith.cmpi(arith.CmpIPredicate.ult, item, _i32(here * of_row))
+            item = arith.minui(item, _i32(here * of_row - 1))
+            own, number = arith.divui(item, _i32(of_row)), arith.muli(arith.remui(item, _i32(of_row)), _i32(2))
+            loaded = [llvm.load(two, at(_i32(i), own, number), alignment=8) for i in range(WARPS)]
+            store(arith.addi(own, _i32(first)), number, _elements(functools.reduce(arith.addf, loaded)), exists)
 
 
 def expect(inbox_ref, num_bytes: jax.Array) -> None:
@@ -224,7 +403,16 @@ def expect(inbox_ref, num_bytes: jax.Array) -> None:
 
 
 def exchange(
-    state: tiles.State, part: jax.Array, inbox_ref, stats_ref, sums_ref, *, rows: int, num_splits: int, again: bool
+    state: tiles.State,
+    part: jax.Array,
+    inbox_ref,
+    stats_ref,
+    sums_ref,
+    scratch_ref,
+    *,
+    rows: int,
+    num_splits: int,
+    again: bool,
 ) -> None:
     """Sends every row's state to the program of the cluster that merges it, and waits for what comes from the others.
 
@@ -232,11 +420,12 @@ def exchange(
     barrier, so that no fence holds up the sender.
 
     Args:
-      state: of this warpgroup, (32,) and (32, columns), the same in all warps.
+      state: of this warpgroup, (32,), the same in all warps, and (32, columns), of which each warp has a share.
       part: number of this warpgroup among those that share the keys.
       inbox_ref: as in `expect`, which must have been called; None where a program is alone.
       stats_ref: (slots, parts, 4) float32 in shared memory: m, d1 and t_mean.
       sums_ref: (slots, parts, 1 or 2, columns) float32: o1 and o2.
+      scratch_ref: shared memory of this warpgroup, of the shape that `sums_scratch` gives.
       rows: rows that there are.
       num_splits: programs of the cluster.
       again: what came before may still be read.
@@ -254,39 +443,39 @@ def exchange(
             [plgpu.RefType()] * len(inboxes),
             plgpu.RefType(),
             plgpu.RefType(),
+            plgpu.RefType(),
         )
     )
-    def send(_, stats, sums, part, inboxes, stats_ref, sums_ref):
-        _, row, pair = _thread()
-        target, slot = arith.remui(row, _i32(num_splits)), arith.divui(row, _i32(num_splits))
-        place = arith.addi(arith.muli(slot, _i32(num_parts)), _scalar(part))
-        exists = arith.cmpi(arith.CmpIPredicate.ult, row, _i32(rows))
+    def send(_, stats, sums, part, inboxes, stats_ref, sums_ref, scratch_ref):
         ptx = functools.partial(mgpu.utils.inline_ptx, has_side_effects=True)
         if inboxes:  # all are ready
             ptx("barrier.cluster.wait.acquire.aligned;", convergent=True)
         elif again:
             ptx("bar.sync 0;", convergent=True)
-
-        def at_target(ref, offset: ir.Value) -> ir.Value:
-            """Address of a byte of `ref` in the target's shared memory."""
-            local = arith.addi(_shared_address(ref), offset)
-            if not inboxes:
-                return local
-            return mgpu.utils.inline_ptx("mapa.shared::cluster.u32 $0, $1, $2;", local, target, result_types=local.type)
-
-        inboxes_there = [at_target(x, _i32(0)) for x in inboxes]
         kind, last = (
             ("async.shared::cluster.mbarrier::complete_tx::bytes", ", [$@]") if inboxes else ("shared::cta", "")
         )
 
-        def store(to, offset: int, values):
+        def store(row, ref, of_part: int, number: ir.Value, values, exists):
+            """Stores numbers of the state of a row where it is merged."""
+            target, slot = arith.remui(row, _i32(num_splits)), arith.divui(row, _i32(num_splits))
+            place = arith.addi(arith.muli(slot, _i32(num_parts)), _scalar(part))
+            offset = arith.muli(arith.addi(arith.muli(place, _i32(of_part)), number), _i32(4))
+            addresses = [arith.addi(_shared_address(ref), offset), *map(_shared_address, inboxes)]
+            if inboxes:
+                there = "mapa.shared::cluster.u32 $0, $1, $2;"
+                addresses = [mgpu.utils.inline_ptx(there, x, target, result_types=x.type) for x in addresses]
             size = len(values)
             names, inbox = ", ".join(f"${i + 1}" for i in range(size)), last.replace("@", str(size + 1))
-            ptx(f"st.{kind}.v{size}.f32 [$0+{offset}], {{{names}}}{inbox};", to, *values, *inboxes_there)
+            to, *told = addresses
+            ptx(f"st.{kind}.v{size}.f32 [$0], {{{names}}}{inbox};", to, *values, *told, predicate=exists)
 
-        of_pair = arith.addi(arith.muli(place, _i32(4 * len(sums) * width)), arith.muli(pair, _i32(8)))
-        to_sums, to_stats = at_target(sums_ref, of_pair), at_target(stats_ref, arith.muli(place, _i32(16)))
-        _store_rows(stats, sums, to_stats, to_sums, exists, store)
+        warp, row, pair = _thread()
+        is_first = arith.cmpi(arith.CmpIPredicate.eq, arith.addi(warp, pair), _i32(0))
+        exists = arith.andi(is_first, arith.cmpi(arith.CmpIPredicate.ult, row, _i32(rows)))
+        store(row, stats_ref, 4, _i32(0), _four(stats), exists)
+        of_part = len(sums) * width
+        _add_up(sums, scratch_ref, rows, lambda row, *x: store(row, sums_ref, of_part, *x))
         wait = "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [$0], 0;"
         if inboxes:
             ptx(f"{{ .reg .pred done; again: {wait} @!done bra again; }}", _shared_address(inboxes[0]))
@@ -294,16 +483,17 @@ def exchange(
             ptx("bar.sync 0;", convergent=True)
         return ()
 
-    send(stats, sums, part, inboxes, stats_ref, sums_ref)
+    send(stats, sums, part, inboxes, stats_ref, sums_ref, scratch_ref)
 
 
-def store_state(state: tiles.State, stats_ref, sums_ref, rows: int, interpret: bool) -> None:
+def store_state(state: tiles.State, stats_ref, sums_ref, scratch_ref, rows: int, interpret: bool) -> None:
     """Writes every row's state to global memory.
 
     Args:
-      state: (32,) and (32, columns), the same in all warps.
+      state: (32,), the same in all warps, and (32, columns), of which each warp has a share.
       stats_ref: (rows, 4) float32: m, d1 and t_mean.
       sums_ref: (rows, 1 or 2, columns) float32: o1 and o2.
+      scratch_ref: in shared memory, of the shape that `sums_scratch` gives.
       rows: rows that there are.
       interpret: whether Pallas' interpreter runs.
     """
@@ -313,27 +503,35 @@ def store_state(state: tiles.State, stats_ref, sums_ref, rows: int, interpret: b
         for i, x in enumerate(stats):
             stats_ref[:, i] = x[:rows]
         for i, x in enumerate(sums):
-            sums_ref[:, i] = x[:rows]
+            sums_ref[:, i] = added_up(x)[:rows]
         return
     layouts = [HALF_ROWS] * len(stats), [HALF] * len(sums)
 
-    @plgpu.inline_mgpu(arg_types=(*layouts, plgpu.RefType(), plgpu.RefType()))
-    def write(_, stats, sums, stats_ref, sums_ref):
-        _, row, pair = _thread()
-        at = lambda ref, offset: arith.addi(_global_address(ref), arith.extui(ir.IntegerType.get_signless(64), offset))
+    @plgpu.inline_mgpu(arg_types=(*layouts, *[plgpu.RefType()] * 3))
+    def write(_, stats, sums, stats_ref, sums_ref, scratch_ref):
+        i64 = ir.IntegerType.get_signless(64)
 
-        def store(to, offset: int, values):
+        def store(ref, offset: ir.Value, values, exists):
             names = ", ".join(f"${i + 1}" for i in range(len(values)))
-            ptx = f"st.global.v{len(values)}.f32 [$0+{offset}], {{{names}}};"
-            mgpu.utils.inline_ptx(ptx, to, *values, has_side_effects=True)
+            at = arith.addi(_global_address(ref), arith.extui(i64, arith.muli(offset, _i32(4))))
+            ptx = f"st.global.v{len(values)}.f32 [$0], {{{names}}};"
+            mgpu.utils.inline_ptx(ptx, at, *values, predicate=exists, has_side_effects=True)
 
-        exists = arith.cmpi(arith.CmpIPredicate.ult, row, _i32(rows))
-        of_pair = arith.addi(arith.muli(row, _i32(4 * len(sums) * sums[0].shape[1])), arith.muli(pair, _i32(8)))
-        to_stats, to_sums = at(stats_ref, arith.muli(row, _i32(16))), at(sums_ref, of_pair)
-        _store_rows(stats, sums, to_stats, to_sums, exists, store)
+        warp, row, pair = _thread()
+        is_first = arith.cmpi(arith.CmpIPredicate.eq, arith.addi(warp, pair), _i32(0))
+        exists = arith.andi(is_first, arith.cmpi(arith.CmpIPredicate.ult, row, _i32(rows)))
+        store(stats_ref, arith.muli(row, _i32(4)), _four(stats), exists)
+        of_row = len(sums) * sums[0].shape[1]
+        to = lambda row, number, *x: store(sums_ref, arith.addi(arith.muli(row, _i32(of_row)), number), *x)
+        _add_up(sums, scratch_ref, rows, to)
         return ()
 
-    write(stats, sums, stats_ref, sums_ref)
+    write(stats, sums, stats_ref, sums_ref, scratch_ref)
+
+
+def added_up(x: jax.Array) -> jax.Array:
+    """The sum of all warps' rows, (8, columns), for Pallas' interpreter."""
+    return jnp.sum(x.reshape(WARPS, ROWS, -1), axis=0)
 
 
 def write_row(ref, x: jax.Array, layout, interpret: bool, *, row=0, first=0) -> None:
