@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib.resources
 import json
+import math
 
 from pallas_kernels.device import HOPPER_CORES
 
@@ -251,18 +252,15 @@ class MosaicGpuDecodeBlockSizes:
       num_splits: programs that share the keys of a kv head, a cluster: 1 to 8.
       num_groups: warpgroups of a program, each with tiles of its own: 1 or 2.
       num_stages: tiles of keys and values that a warpgroup has under way.
-      num_heads: kv heads of a sequence that a program takes, one after the other: 1 to 8, 1 where programs share keys.
     """
 
     block_k: int
     num_splits: int
     num_groups: int
     num_stages: int
-    num_heads: int = 1
 
     def __post_init__(self):
         allowed = {"block_k": (32, 64, 128), "num_splits": range(1, 9), "num_groups": (1, 2), "num_stages": range(1, 9)}
-        allowed["num_heads"] = range(1, 9) if self.num_splits == 1 else (1,)
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name}: got {getattr(self, name)}, allowed are {', '.join(map(str, values))}")
@@ -274,82 +272,80 @@ class MosaicGpuDecodeBlockSizes:
 
     @classmethod
     def heuristic(cls, query, key, value, mask, page_table) -> "MosaicGpuDecodeBlockSizes":
-        """As many programs a head as find a core each, with tiles as large as leaves every program one.
+        """As many programs a head as find room, with tiles as large as leaves every program one.
 
-        Clusters of more than two programs need their cores in one part of the chip: a quarter of all is left to choose
-        from. The arguments are those of a backend's `decode`. The numbers come from sweeps (docs/results/decode.md).
+        The arguments are those of a backend's `decode`. The numbers come from sweeps (docs/results/decode.md).
         """
         programs, num_keys, width = _decode_size(query, key, value, mask, page_table)
-        if programs > HOPPER_CORES:
-            return cls._of_many(programs, num_keys, width, key.shape[2])
-        is_far = programs * num_keys * width >= MEMORY_BOUND
         has_short_pages = page_table is not None and key.shape[1] % 128
-        # What the cache holds comes soon: fewer and larger steps.
-        block_k = 8192 // width if is_far or has_short_pages else 128
+        launch = cls._of_many if programs > HOPPER_CORES else cls._of_few
+        return launch(programs, num_keys, width, 64 if has_short_pages else 128)
+
+    @classmethod
+    def _of_few(cls, programs: int, num_keys: int, width: int, block_k: int) -> "MosaicGpuDecodeBlockSizes":
+        """The launch where each head has a core or several.
+
+        Clusters of more than two programs need their cores in one part of the chip: a quarter of all is left to choose
+        from, or programs are small enough that several run on a core.
+        """
+        if 12 * programs > HOPPER_CORES and 8 * programs <= 3 * HOPPER_CORES and (num_keys >= 4096 or programs > 32):
+            places = HOPPER_CORES * (9 if width == 64 and num_keys >= 4096 else 6) // 4
+            splits = min(8, places // programs, -(-num_keys // block_k))
+            is_alone = splits * programs <= HOPPER_CORES
+            return cls(block_k, splits, 1, 2 if is_alone and width == 64 else 1)
         splits = max(min(8, HOPPER_CORES * 3 // 4 // programs), 2 if 2 * programs <= HOPPER_CORES else 1)
+        is_far, is_wide = programs * num_keys * width >= MEMORY_BOUND, width == 128
+        if is_far and is_wide and splits == 1:
+            block_k = 64
         at_once = max(splits, min(4, HOPPER_CORES // programs))  # where each has one tile
-        while block_k > 32 and num_keys * 2 <= at_once * block_k:
+        while block_k > 32 and programs < 32 and num_keys * 2 < at_once * block_k:
             block_k //= 2
         num_tiles = -(-num_keys // block_k)
         most = -(-num_tiles // (at_once if num_tiles <= at_once else splits))  # tiles of a program
         splits = -(-num_tiles // most)
-        can_pair = most not in (1, 3) and 2 * splits <= num_tiles
-        is_alone = is_far and 2 * programs > HOPPER_CORES
-        groups = 2 if can_pair and most * block_k >= 256 and not is_alone else 1
+        can_pair = splits <= 2 if most == 2 else most > 3 and (splits > 2 or not is_wide)
+        can_pair &= 2 * splits <= num_tiles and most * block_k >= 256 and not (is_far and splits <= 2)
+        groups = 2 if can_pair else 1
         room = 3 * 16384 // (groups * block_k * width)  # in shared memory, for tiles of each group
-        return cls(block_k, splits, groups, min(-(-most // groups), room, 2 if groups == 2 or is_alone else 3))
+        most_stages = 1 if can_pair and most <= 4 else 2
+        return cls(block_k, splits, groups, max(1, min(-(-most // groups), room, most_stages)))
 
     @classmethod
-    def _of_many(cls, programs: int, num_keys: int, width: int, kv_heads: int) -> "MosaicGpuDecodeBlockSizes":
-        """The launch where there are more heads x sequences than cores, of which two programs run on each.
+    def _of_many(cls, programs: int, num_keys: int, width: int, block_k: int) -> "MosaicGpuDecodeBlockSizes":
+        """The launch where there are more heads x sequences than cores.
 
-        Where a wave of programs would leave many places empty, heads are shared by two or more, or if they are short,
-        a program takes several, so that all run at once. Long heads are shared, too: their programs end together.
+        Several programs run on a core, each with a single tile of keys and one of values on its way: with more, memory
+        is slower. Of 64 keys where that leaves fewer places empty in the last wave of programs, else of 128; long heads
+        of 128 are shared by two or four programs for the same end.
         """
-        block_k, at_once = 8192 // width, 2 * HOPPER_CORES
-        num_tiles = -(-num_keys // block_k)
-        if width == 64:  # smaller tiles, of which three programs run on a core
-            if num_keys >= 2048 and 3 * at_once <= 4 * programs <= 4 * at_once:
-                return cls(64, 1, 1, 3)
-            if num_keys < 4096 and at_once < programs <= 3 * HOPPER_CORES:
-                return cls(64, 1, 1, 2)
-            if 128 < num_keys <= 256 and programs > 4 * at_once:
-                return cls(64, 1, 1, 4)
-        heads = -(-programs // at_once)
-        if heads in (2, 4) and kv_heads % heads == 0 and heads * num_keys * width <= 1 << 17:
-            return cls(block_k, 1, 1, 2, heads)
-        splits = 1 << (max(1, min(8, num_keys // 2048)).bit_length() - 1)
-        if programs <= at_once:
-            return cls(block_k, min(splits, 2) if 4 * programs >= 3 * at_once else 1, 1, min(num_tiles, 2))
 
-        def leaves_places(splits: int) -> bool:
-            waves, rest = divmod(programs * splits, at_once)
-            return waves < 6 and 0 < rest < 0.8 * at_once
+        def waste(on_a_core: int, splits: int = 1) -> float:
+            """Waves of programs over what they would be if the last was full."""
+            waves = programs * splits / (on_a_core * HOPPER_CORES)
+            return math.ceil(waves) / waves
 
-        while leaves_places(splits) and 2 * splits <= min(8, num_tiles // 4):
-            splits *= 2
-        return cls(block_k, splits, 1, min(num_tiles, 2))
+        if width == 64:
+            if num_keys <= 128 or programs <= 3 * HOPPER_CORES:
+                return cls(block_k, 1, 1, 1)
+            if num_keys <= 512 and programs > 4 * HOPPER_CORES:
+                return cls(block_k, 1, 1, 2)
+            if waste(3) <= 1.05 * waste(4):
+                return cls(block_k, 1, 1, 1)
+            return cls(64, 2 if num_keys >= 4096 and programs <= 4 * HOPPER_CORES else 1, 1, 1)
+        if num_keys < 2048:
+            return cls(block_k, 1, 1, 1)
+        if num_keys < 4096 and waste(2) > 1.1:
+            return cls(block_k, 2, 1, 1)
+        return cls(64, min((1, 2, 4), key=lambda splits: waste(2, splits) + 0.02 * splits), 1, 1)
 
     @classmethod
     def outrun(cls, query, key, value, mask, page_table) -> str | None:
-        """Why other kernels are faster, or None: they split keys among more programs, and more of theirs fit a core."""
-        programs, num_keys, width = _decode_size(query, key, value, mask, page_table)
-        splits = cls.heuristic(query, key, value, mask, page_table).num_splits
-        keys = num_keys / splits  # of a program
-        size, is_wide = programs * num_keys * width, width == 128
-        has_group = query.shape[1] * query.shape[2] > key.shape[2]
-        if programs < 8:
-            is_faster = keys <= 128
-        elif programs <= HOPPER_CORES * 3 // 8:  # clusters of more than two leave cores idle, which memory forgives
-            is_faster = keys <= (704 if is_wide else 352 if programs >= 32 else 256)
-            is_faster |= is_wide and programs >= 16 and MEMORY_BOUND <= size < 2 * MEMORY_BOUND
-        elif programs <= HOPPER_CORES:
-            is_faster = is_wide or splits > 1 or num_keys > 128
-        else:
-            is_faster = is_wide or num_keys < 8192 or programs > 2 * HOPPER_CORES
-            is_faster &= is_wide or not 128 < num_keys <= 256 or not 3 * HOPPER_CORES < programs <= 4 * HOPPER_CORES
-            is_faster &= not has_group or num_keys < 4096
-        return None if is_faster else f"slower with {programs} heads x sequences of {num_keys} keys"
+        """Why other kernels are faster, or None: they split keys of few heads among more programs."""
+        programs, num_keys, _ = _decode_size(query, key, value, mask, page_table)
+        keys = num_keys / cls.heuristic(query, key, value, mask, page_table).num_splits  # of a program
+        if programs >= 8 or keys <= (512 if programs >= 4 else 256):
+            return None
+        return f"slower with {programs} heads x sequences of {num_keys} keys"
 
 
 KIB = 1024

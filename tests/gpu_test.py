@@ -73,21 +73,20 @@ class TestTritonLangDecode(DecodeConformance):
 
 
 @pytest.mark.parametrize(
-    ("case", "block_k", "splits", "groups", "heads"),
+    ("case", "block_k", "splits", "groups"),
     [
-        (case, block_k, splits, groups, heads)
+        (case, block_k, splits, groups)
         for case, block_k, splits, groups in itertools.product(HOPPER_CASES, (32, 64, 128), (1, 2, 3, 5), (1, 2))
-        for heads in ((1, 2) if splits == 1 and case.K == 2 else (1,))
         # Each warpgroup needs a tile, and a page has room for one.
         if splits * groups <= -(-case.S // block_k) and block_k <= (case.page_size or block_k)
     ],
     ids=lambda x: getattr(x, "name", None),
 )
-def test_mosaic_gpu_decode(case, block_k, splits, groups, heads):
+def test_mosaic_gpu_decode(case, block_k, splits, groups):
     """Every way to share the keys, with what no sequence owns poisoned; over 20 runs the bits stay."""
     operands, lengths, table = decode_conformance.draw(case)
     stages = 1 if block_k * case.H * groups > 16384 else 2  # what shared memory has room for
-    sizes = MosaicGpuDecodeBlockSizes(block_k, splits, groups, stages, heads)
+    sizes = MosaicGpuDecodeBlockSizes(block_k, splits, groups, stages)
     options = dict(local_window_size=case.window, implementation="mosaic_gpu", block_sizes=sizes)
     decode = jax.jit(lambda *x, table: parallax_decode(*x, page_table=table, **options))
     out = decode(*operands, lengths, table=table)

@@ -3,8 +3,10 @@
 A program's warpgroups take the tiles of keys in turn with those of the cluster's other programs. At its end each writes
 its states into the shared memory of these programs, a row of queries to each, and where they have met, every program
 merges its rows. So there is no second kernel and no way through global memory, and since the first tile of a warpgroup
-lies where it lies whatever the lengths are, it is on its way before they are known. Where heads are many and short, a
-program takes several of a sequence, one after the other, and their tiles are one way to it.
+lies where it lies whatever the lengths are, it is on its way before they are known.
+
+Of each tile a warp takes a quarter of the keys, with matrix instructions of its own, and keeps a state of its own; at
+the end a warpgroup's four become one.
 """
 
 import functools
@@ -42,8 +44,6 @@ def unsupported(query, probe, key, value, mask, page_table, *, scale, block_size
     if block_sizes is not None and not isinstance(block_sizes, MosaicGpuDecodeBlockSizes):
         return f"block_sizes: needs MosaicGpuDecodeBlockSizes, got {type(block_sizes).__name__}"
     config = block_sizes or MosaicGpuDecodeBlockSizes.heuristic(query, key, value, mask, page_table)
-    if key.shape[2] % config.num_heads:
-        return f"block_sizes: {key.shape[2]} kv heads do not divide into {config.num_heads} for each program"
     if page_table is not None and key.shape[1] % config.block_k:
         return f"page_table: needs pages of a multiple of {config.block_k} keys, got {key.shape[1]}"
     tiles_there = pl.cdiv(decode_capacity(key, page_table), config.block_k)
@@ -106,7 +106,9 @@ def attend(rows, walk: Walk, stats_ref, *, c, block, interpret) -> tiles.State:
     Returns:
       A state whose statistics are of all keys, and whose sums over values are of each warp's.
     """
-    zeros = lambda *shape: plgpu.layout_cast(jnp.zeros((WARPS * ROWS, *shape), jnp.float32), HALF if shape else HALF_ROWS)
+    zeros = lambda *shape: plgpu.layout_cast(
+        jnp.zeros((WARPS * ROWS, *shape), jnp.float32), HALF if shape else HALF_ROWS
+    )
 
     def scores(i):
         products = registers.scores(rows, walk.wait_for("k", i), interpret)
@@ -170,7 +172,6 @@ def decode(query, probe, key, value, mask: blocks.Mask, page_table, *, scale, bl
     block, num_splits, groups, stages = config.block_k, config.num_splits, config.num_groups, config.num_stages
     num_parts, num_keys = config.num_parts, decode_capacity(key, page_table)
     has_one_tile = num_keys <= num_parts * block  # every warpgroup, of each head
-    num_heads = config.num_heads
     slots = pl.cdiv(rows, num_splits)
     integers = {"lengths": mask.lengths, "offset": mask.offset, "pages": page_table}
     integers = {name: x for name, x in integers.items() if x is not None}
@@ -186,15 +187,11 @@ def decode(query, probe, key, value, mask: blocks.Mask, page_table, *, scale, bl
         else:
             own = lax.axis_index("split") if num_splits > 1 else 0
         part = own * groups + group
-        b, first_head = (f(program, kv_heads // num_heads) for f in (lax.div, lax.rem))
-        first_head *= num_heads
+        b, kv = (f(program, kv_heads) for f in (lax.div, lax.rem))
+        slot = lambda i: group * stages + common.ring_slot(i, stages)  # of the warpgroup's i-th tile
 
-        def slot(step):
-            """Of the tile that the warpgroup takes in a step of its way through all heads."""
-            return group * stages + common.ring_slot(step, stages)
-
-        def copy(step, kv, start, names="kv"):
-            """Starts to copy a step's keys [start, start + block) of a head, their values or both."""
+        def copy(i, start, names="kv"):
+            """Starts to copy keys [start, start + block), their values or both, into the slots of tile i."""
             sequence = b
             if page_table is not None:
                 entry = jnp.minimum(lax.div(start, page_size), page_table.shape[1] - 1)
@@ -203,21 +200,17 @@ def decode(query, probe, key, value, mask: blocks.Mask, page_table, *, scale, bl
             for name in names:
                 ref, to, ready = (k_ref, s.k, s.k_ready) if name == "k" else (v_ref, s.v, s.v_ready)
                 here = ref.at[sequence, pl.ds(start, block), kv]
-                plgpu.copy_gmem_to_smem(here, to.at[slot(step)], ready.at[slot(step)])
+                plgpu.copy_gmem_to_smem(here, to.at[slot(i)], ready.at[slot(i)])
 
         is_early = mask.window is None
         if is_early:
-            copy(0, first_head, part * block)
+            copy(0, part * block)
         if num_splits > 1 and not interpret:
             rows_here = lax.div(rows - 1 - own + num_splits, num_splits)
             registers.expect(s.inbox, rows_here * num_parts * 4 * (4 + (1 + len(probes)) * width))
 
-        def rows_of(kv):
-            """Queries and probes of a head."""
-            own_rows = pl.ds(0, num_queries), pl.ds(kv * group_heads, group_heads)
-            return registers.gather([x.at[b, *own_rows] for x in (q_ref, *r_ref)], rows, interpret)
-
-        first_rows = rows_of(first_head)
+        of_head = b, pl.ds(0, num_queries), pl.ds(kv * group_heads, group_heads)
+        queries = registers.gather([x.at[*of_head] for x in (q_ref, *r_ref)], rows, interpret)
         length = jnp.minimum(given["lengths"][b], num_keys)
         offset = given["offset"][b] if "offset" in given else length - num_queries
         end = blocks.visible_end(offset, num_queries, length, True)
@@ -226,17 +219,11 @@ def decode(query, probe, key, value, mask: blocks.Mask, page_table, *, scale, bl
             in_window = lax.div(jnp.maximum(offset - mask.window + 1, 0), block)
             first += jnp.clip(in_window, 0, pl.cdiv(num_keys, block) - num_parts)
         count = 1 if has_one_tile else jnp.maximum(1, lax.div(pl.cdiv(end, block) - first - 1, num_parts) + 1)
-        total = num_heads * count
         first_key = lambda i: (first + i * num_parts) * block  # of the warpgroup's i-th tile
 
-        def copy_step(step, names="kv"):
-            """Starts to copy the tile of a step, where there is one."""
-            head = sum((step >= i * count).astype(jnp.int32) for i in range(1, num_heads)) if num_heads > 1 else 0
-            start = lambda: copy(step, first_head + head, first_key(step - head * count), names)
-            pl.when(step < total)(start)
-
-        for step in range(is_early, min(stages, num_heads) if has_one_tile else stages):
-            copy_step(jnp.int32(step))
+        copy_tile = lambda i, names="kv": pl.when(i < count)(lambda: copy(i, first_key(i), names))
+        for i in range(is_early, 1 if has_one_tile else stages):
+            copy_tile(jnp.int32(i))
         row = plgpu.broadcasted_iota(jnp.int32, (WARPS * ROWS,), 0, layout=HALF_ROWS)
         position = offset + lax.div(jnp.minimum(lax.rem(row, ROWS), rows - 1), group_heads)
         own_quarter = registers.first_of_quarter(block)
@@ -250,38 +237,28 @@ def decode(query, probe, key, value, mask: blocks.Mask, page_table, *, scale, bl
                 seen &= across > tiles.spread(position - mask.window - own_quarter - key, like)
             return seen
 
-        def attend_head(head, rows_here):
-            """Attends from a head's rows and writes its output; returns the rows of the next."""
-            kv = first_head + head
-            following = rows_here if num_heads == 1 else rows_of(jnp.minimum(kv + 1, first_head + num_heads - 1))
+        def wait_for(name, i):
+            to, ready = (s.k, s.k_ready) if name == "k" else (s.v, s.v_ready)
+            plgpu.barrier_wait(ready.at[slot(i)])
+            return to.at[slot(i)]
 
-            def wait_for(name, i):
-                to, ready = (s.k, s.k_ready) if name == "k" else (s.v, s.v_ready)
-                plgpu.barrier_wait(ready.at[slot(head * count + i)])
-                return to.at[slot(head * count + i)]
+        def done(name, i):
+            """Tile i has been used: its slot takes the next that goes there."""
+            if not has_one_tile:
+                copy_tile(i + stages, name)
 
-            def done(name, i):
-                """Tile i has been used: its slot takes the next that goes there."""
-                if not has_one_tile or num_heads > stages:
-                    copy_step(head * count + i + stages, name)
+        walk = Walk(count, wait_for, done, visible, lambda i: end - first_key(i))
+        of_group = lambda name: None if interpret else getattr(s, name).at[group]
+        state = attend(queries, walk, of_group("warp_stats"), c=c, block=block, interpret=interpret)
+        if interpret:  # Pallas' interpreter has no memory that a cluster shares: see below
+            for ref, x in zip(out_refs, jax.tree.leaves(state), strict=True):
+                x = x if x.ndim == 1 else registers.added_up(x)
+                ref[part, program] = x[:rows]
+            return
+        to = scratch.get("inbox"), s.stats, s.sums, of_group("warp_sums")
+        registers.exchange(state, part, *to, rows=rows, num_splits=num_splits)
 
-            walk = Walk(count, wait_for, done, visible, lambda i: end - first_key(i))
-            of_group = lambda name: None if interpret else getattr(s, name).at[group]
-            state = attend(rows_here, walk, of_group("warp_stats"), c=c, block=block, interpret=interpret)
-            if interpret:  # Pallas' interpreter has no memory that a cluster shares: see below
-                for ref, x in zip(out_refs, jax.tree.leaves(state), strict=True):
-                    x = x if x.ndim == 1 else registers.added_up(x)
-                    ref[part, b * kv_heads + kv] = x[:rows]
-                return following
-            inbox = scratch.get("inbox")
-            to = inbox, s.stats, s.sums, of_group("warp_sums")
-            registers.exchange(state, part, *to, rows=rows, num_splits=num_splits, again=num_heads > 1)
-            for i in range(0, slots, groups):
-                row = own + (i + group) * num_splits
-                pl.when(row < rows)(functools.partial(merge, kv, i + group, row))
-            return following
-
-        def merge(kv, slot, row):
+        def merge(slot, row):
             def load(i):
                 stats = [s.stats[slot, i, j] for j in range(3)]
                 sums = [plgpu.load(s.sums.at[slot, i, j], layout=_columns(width), optimized=False) for j in of_state]
@@ -291,10 +268,9 @@ def decode(query, probe, key, value, mask: blocks.Mask, page_table, *, scale, bl
             out, *_ = tiles.finish(tiles.merge([load(i) for i in range(num_parts)]))
             out_refs[0][b, lax.div(row, group_heads), kv * group_heads + lax.rem(row, group_heads)] = out.astype(dtype)
 
-        if num_heads == 1:
-            attend_head(0, first_rows)
-        else:
-            lax.fori_loop(0, num_heads, attend_head, first_rows)
+        for i in range(0, slots, groups):
+            row = own + (i + group) * num_splits
+            pl.when(row < rows)(functools.partial(merge, i + group, row))
 
     programs = batch * kv_heads
     stat = jax.ShapeDtypeStruct((num_parts, programs, rows), jnp.float32)
@@ -303,16 +279,18 @@ def decode(query, probe, key, value, mask: blocks.Mask, page_table, *, scale, bl
     ready = plgpu.Barrier(num_barriers=groups * stages)
     tiles_here = common.swizzled(block, width, groups * stages, dtype=dtype)
     scratch = dict(k=tiles_here, v=tiles_here, k_ready=ready, v_ready=ready)
-    launch = dict(grid=(programs // num_heads,))
+    launch = dict(grid=(programs,))
     if interpret:
-        launch = dict(grid=(programs // num_heads * num_splits,), interpret=plgpu.InterpretGPUParams())
+        launch = dict(grid=(programs * num_splits,), interpret=plgpu.InterpretGPUParams())
     else:
         if num_splits > 1:
             launch |= dict(cluster=(num_splits,), cluster_names=("split",))
             scratch["inbox"] = plgpu.SMEM((2,), jnp.int32)
         scratch["stats"] = plgpu.SMEM((slots, num_parts, 4), jnp.float32)
         scratch["sums"] = plgpu.SMEM((slots, num_parts, 1 + len(probes), width), jnp.float32)
-        of_warps = dict(warp_stats=registers.STATS_SCRATCH, warp_sums=registers.sums_scratch(rows, 1 + len(probes), width))
+        of_warps = dict(
+            warp_stats=registers.STATS_SCRATCH, warp_sums=registers.sums_scratch(rows, 1 + len(probes), width)
+        )
         scratch |= {name: plgpu.SMEM((groups, *shape), jnp.float32) for name, shape in of_warps.items()}
     results = plgpu.kernel(
         kernel,

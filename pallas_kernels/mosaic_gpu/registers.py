@@ -1,4 +1,4 @@
-"""What Hopper's decode does below Pallas, register by register: its products, and how warps and programs exchange states.
+"""What Hopper's decode does below Pallas, register by register: products, and how warps and programs exchange states.
 
 The four warps of a warpgroup share out the keys of a tile, a quarter each. A warp's matrix instructions have 16 rows:
 the first 8 are query rows of one kv head, the others their probes. A thread holds rows i and i + 8 in registers of
@@ -110,9 +110,7 @@ def gather(given: Sequence, rows: int, interpret: bool) -> list[jax.Array]:
 
         def pairs(ref):
             for chunk in range(width // 8):
-                at = mgpu.utils.getelementptr(
-                    _pointer(ref), [arith.addi(offset, _i32(8 * chunk))], kind.element_type
-                )
+                at = mgpu.utils.getelementptr(_pointer(ref), [arith.addi(offset, _i32(8 * chunk))], kind.element_type)
                 yield llvm.load(ir.VectorType.get((2,), kind.element_type), at, alignment=4)
 
         return [_array(list(pairs(ref)), width) for ref in refs]
@@ -412,7 +410,6 @@ def exchange(
     *,
     rows: int,
     num_splits: int,
-    again: bool,
 ) -> None:
     """Sends every row's state to the program of the cluster that merges it, and waits for what comes from the others.
 
@@ -428,7 +425,6 @@ def exchange(
       scratch_ref: shared memory of this warpgroup, of the shape that `sums_scratch` gives.
       rows: rows that there are.
       num_splits: programs of the cluster.
-      again: what came before may still be read.
     """
     stats = [x for x in (state.m, state.d1, state.t_mean) if x is not None]
     sums = [x for x in (state.o1, state.o2) if x is not None]
@@ -450,8 +446,6 @@ def exchange(
         ptx = functools.partial(mgpu.utils.inline_ptx, has_side_effects=True)
         if inboxes:  # all are ready
             ptx("barrier.cluster.wait.acquire.aligned;", convergent=True)
-        elif again:
-            ptx("bar.sync 0;", convergent=True)
         kind, last = (
             ("async.shared::cluster.mbarrier::complete_tx::bytes", ", [$@]") if inboxes else ("shared::cta", "")
         )
