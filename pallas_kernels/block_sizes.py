@@ -277,9 +277,9 @@ class MosaicGpuDecodeBlockSizes:
         The arguments are those of a backend's `decode`. The numbers come from sweeps (docs/results/decode.md).
         """
         programs, num_keys, width = _decode_size(query, key, value, mask, page_table)
-        has_short_pages = page_table is not None and key.shape[1] % 128
+        fits = lambda block_k: page_table is None or max(key.shape[1], block_k) % min(key.shape[1], block_k) == 0
         launch = cls._of_many if programs > HOPPER_CORES else cls._of_few
-        return launch(programs, num_keys, width, 64 if has_short_pages else 128)
+        return launch(programs, num_keys, width, next(filter(fits, (128, 64, 32)), 32))
 
     @classmethod
     def _of_few(cls, programs: int, num_keys: int, width: int, block_k: int) -> "MosaicGpuDecodeBlockSizes":
@@ -341,11 +341,12 @@ class MosaicGpuDecodeBlockSizes:
     @classmethod
     def outrun(cls, query, key, value, mask, page_table) -> str | None:
         """Why other kernels are faster, or None: they split keys of few heads among more programs."""
-        programs, num_keys, _ = _decode_size(query, key, value, mask, page_table)
+        programs, num_keys, width = _decode_size(query, key, value, mask, page_table)
         keys = num_keys / cls.heuristic(query, key, value, mask, page_table).num_splits  # of a program
-        if programs >= 8 or keys <= (512 if programs >= 4 else 256):
-            return None
-        return f"slower with {programs} heads x sequences of {num_keys} keys"
+        is_slow = keys > (512 if programs >= 4 else 256) if programs < 8 else False
+        # Clusters leave some of the cores idle, which memory forgives up to so many keys.
+        is_slow |= 16 < programs <= 49 and width == 128 and programs * num_keys * width >= 6 * MEMORY_BOUND
+        return f"slower with {programs} heads x sequences of {num_keys} keys" if is_slow else None
 
 
 KIB = 1024

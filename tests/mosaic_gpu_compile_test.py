@@ -85,6 +85,7 @@ def test_products_overlap(call, monkeypatch, capfd):
         ((128, 1, 1, 1), dict(num_keys=256)),
         ((64, 1, 1, 1), dict(width=64)),
         ((64, 1, 2, 2), dict(page_size=64, window=300)),
+        ((128, 2, 1, 1), dict(page_size=16)),
         ((64, 3, 2, 2), dict(new=4, heads=2, window=300)),
         ((64, 2, 2, 2), dict(has_probe=False)),
     ],

@@ -26,6 +26,7 @@ LAUNCHES = Sizes(64, 2, 2, 1), Sizes(32, 3, 1, 2), Sizes(32, 1, 2, 2), None, Siz
         (HOPPER_CASES[0], Sizes(32, 1, 1, 3)),
         (HOPPER_CASES[1], Sizes(32, 1, 1, 1)),
         (HOPPER_CASES[2], Sizes(128, 1, 1, 1)),
+        (next(case for case in HOPPER_CASES if case.page_size == 64), Sizes(128, 1, 1, 1)),  # two pages a tile
     ],
     ids=lambda x: getattr(x, "name", ""),
 )
@@ -96,7 +97,9 @@ def lowered(*shapes, device="NVIDIA H100 80GB HBM3", **options) -> str:
         (dict(batch=1, num_keys=512, width=96), False),
         (dict(batch=1, num_keys=512, dtype=jnp.float32), False),
         (dict(batch=32, num_keys=4096, page_size=64), True),
-        (dict(batch=32, num_keys=4096, page_size=16), False),
+        (dict(batch=32, num_keys=4096, page_size=16), True),
+        (dict(batch=32, num_keys=4080, page_size=48), False),
+        (dict(batch=4, num_keys=32768), False),
     ],
     ids=str,
 )
@@ -113,7 +116,7 @@ def test_when_it_is_taken(call, is_taken):
         (dict(heads=72), None, "query: needs at most 8 rows for each kv head, got 9"),
         (dict(width=96), None, r"key_cache: needs keys and values both \(64, 128\) wide, got 96 and 96"),
         (dict(num_keys=252), None, "key_cache: needs room for a multiple of 8 keys, got 252"),
-        (dict(page_size=16), None, "page_table: needs pages of a multiple of 64 keys, got 16"),
+        (dict(num_keys=240, page_size=24), None, "page_table: needs pages of a multiple or a part of 32 keys, got 24"),
         (dict(num_keys=512), Sizes(128, 2, 2, 2), "block_sizes: tiles under way and states take .* bytes"),
         (dict(), Sizes(64, 3, 2, 1), "block_sizes: 6 warpgroups share the cache's 4 tiles"),
         (dict(), TritonDecodeBlockSizes(64, 1, 2, 2), "block_sizes: needs MosaicGpuDecodeBlockSizes, got Triton"),
@@ -181,8 +184,8 @@ def test_launches():
         (dict(batch=64, num_keys=4096, width=64), Sizes(64, 2, 1, 1)),
         (dict(batch=128, num_keys=4096, width=64), Sizes(64, 1, 1, 1)),
         (dict(batch=256, num_keys=512, width=64), Sizes(128, 1, 1, 2)),
-        (dict(batch=64, num_keys=4096, page_size=64), Sizes(64, 1, 1, 1)),
-        (dict(batch=1, num_keys=4096, page_size=64), Sizes(64, 8, 2, 2)),
+        (dict(batch=1, num_keys=4096, page_size=64), Sizes(128, 8, 2, 1)),
+        (dict(batch=1, num_keys=3840, page_size=192), Sizes(64, 8, 2, 2)),
     ],
     ids=str,
 )

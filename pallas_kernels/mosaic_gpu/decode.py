@@ -44,8 +44,8 @@ def unsupported(query, probe, key, value, mask, page_table, *, scale, block_size
     if block_sizes is not None and not isinstance(block_sizes, MosaicGpuDecodeBlockSizes):
         return f"block_sizes: needs MosaicGpuDecodeBlockSizes, got {type(block_sizes).__name__}"
     config = block_sizes or MosaicGpuDecodeBlockSizes.heuristic(query, key, value, mask, page_table)
-    if page_table is not None and key.shape[1] % config.block_k:
-        return f"page_table: needs pages of a multiple of {config.block_k} keys, got {key.shape[1]}"
+    if page_table is not None and max(key.shape[1], config.block_k) % min(key.shape[1], config.block_k):
+        return f"page_table: needs pages of a multiple or a part of {config.block_k} keys, got {key.shape[1]}"
     tiles_there = pl.cdiv(decode_capacity(key, page_table), config.block_k)
     if config.num_parts > tiles_there:
         return f"block_sizes: {config.num_parts} warpgroups share the cache's {tiles_there} tiles"
@@ -173,6 +173,7 @@ def decode(query, probe, key, value, mask: blocks.Mask, page_table, *, scale, bl
     num_parts, num_keys = config.num_parts, decode_capacity(key, page_table)
     has_one_tile = num_keys <= num_parts * block  # every warpgroup, of each head
     slots = pl.cdiv(rows, num_splits)
+    pieces = 1 if page_table is None else pl.cdiv(block, page_size)  # of a tile
     integers = {"lengths": mask.lengths, "offset": mask.offset, "pages": page_table}
     integers = {name: x for name, x in integers.items() if x is not None}
     probes = [] if probe is None else [probe]
@@ -192,15 +193,20 @@ def decode(query, probe, key, value, mask: blocks.Mask, page_table, *, scale, bl
 
         def copy(i, start, names="kv"):
             """Starts to copy keys [start, start + block), their values or both, into the slots of tile i."""
-            sequence = b
-            if page_table is not None:
-                entry = jnp.minimum(lax.div(start, page_size), page_table.shape[1] - 1)
-                sequence = jnp.clip(given["pages"][b, entry], 0, num_pages - 1)
-                start = lax.rem(start, page_size)
-            for name in names:
-                ref, to, ready = (k_ref, s.k, s.k_ready) if name == "k" else (v_ref, s.v, s.v_ready)
-                here = ref.at[sequence, pl.ds(start, block), kv]
-                plgpu.copy_gmem_to_smem(here, to.at[slot(i)], ready.at[slot(i)])
+
+            def piece(first, sequence, row):
+                for name in names:
+                    ref, to, ready = (k_ref, s.k, s.k_ready) if name == "k" else (v_ref, s.v, s.v_ready)
+                    here = ref.at[sequence, pl.ds(row, block // pieces), kv]
+                    there = to.at[slot(i), pl.ds(first, block // pieces)]
+                    plgpu.copy_gmem_to_smem(here, there, ready.at[slot(i)])
+
+            if page_table is None:
+                return piece(0, b, start)
+            for first in range(0, block, block // pieces):
+                entry = jnp.minimum(lax.div(start + first, page_size), page_table.shape[1] - 1)
+                page = jnp.clip(given["pages"][b, entry], 0, num_pages - 1)
+                piece(first, page, lax.rem(start + first, page_size))
 
         is_early = mask.window is None
         if is_early:
@@ -276,7 +282,7 @@ def decode(query, probe, key, value, mask: blocks.Mask, page_table, *, scale, bl
     stat = jax.ShapeDtypeStruct((num_parts, programs, rows), jnp.float32)
     sums = jax.ShapeDtypeStruct((*stat.shape, width), jnp.float32)
     states = tiles.State(stat, stat, stat, sums, sums) if probes else tiles.State(stat, stat, None, sums, None)
-    ready = plgpu.Barrier(num_barriers=groups * stages)
+    ready = plgpu.Barrier(num_arrivals=pieces, num_barriers=groups * stages)
     tiles_here = common.swizzled(block, width, groups * stages, dtype=dtype)
     scratch = dict(k=tiles_here, v=tiles_here, k_ready=ready, v_ready=ready)
     launch = dict(grid=(programs,))
