@@ -346,6 +346,8 @@ class MosaicGpuDecodeBlockSizes:
         is_slow = keys > (512 if programs >= 4 else 256) if programs < 8 else False
         # Clusters leave some of the cores idle, which memory forgives up to so many keys.
         is_slow |= 16 < programs <= 49 and width == 128 and programs * num_keys * width >= 6 * MEMORY_BOUND
+        # A tile in several pages starts late, and the few tiles of few programs do not hide it.
+        is_slow |= page_table is not None and key.shape[1] < 128 and programs <= 16 and keys >= 2048
         return f"slower with {programs} heads x sequences of {num_keys} keys" if is_slow else None
 
 

@@ -100,6 +100,8 @@ def lowered(*shapes, device="NVIDIA H100 80GB HBM3", **options) -> str:
         (dict(batch=32, num_keys=4096, page_size=16), True),
         (dict(batch=32, num_keys=4080, page_size=48), False),
         (dict(batch=4, num_keys=32768), False),
+        (dict(batch=1, num_keys=16384, page_size=64), False),
+        (dict(batch=1, num_keys=8192, page_size=64), True),
     ],
     ids=str,
 )
