@@ -202,16 +202,11 @@ def merge(states: Sequence[State]) -> State:
     sum a o1_i, o2 is sum a (o2_i + (t_mean_i - t_mean) o1_i).
     """
     rows, factors = merge_rows(*zip(*((x.m, x.d1, x.t_mean) for x in states), strict=True))
-    sums = [move_sums(x, f, rows[2]) for x, f in zip(states, factors, strict=True)]
-    o1, o2 = (None if x[0] is None else functools.reduce(jnp.add, x) for x in zip(*sums, strict=True))
-    return State(*rows, o1, o2)
-
-
-def move_sums(state: State, a: jax.Array, t_mean: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
-    """The sums over values times the factor a, around another t_mean."""
-    if state.o2 is None:
-        return spread(a, state.o1) * state.o1, None
-    return move_values(state.o1, state.o2, a, state.t_mean - t_mean)
+    total = lambda terms: functools.reduce(jnp.add, terms)
+    if states[0].o2 is None:
+        return State(*rows, total(spread(a, x.o1) * x.o1 for x, a in zip(states, factors, strict=True)), None)
+    sums = [move_values(x.o1, x.o2, a, x.t_mean - rows[2]) for x, a in zip(states, factors, strict=True)]
+    return State(*rows, *map(total, zip(*sums, strict=True)))
 
 
 def merged_output(states: State) -> jax.Array:

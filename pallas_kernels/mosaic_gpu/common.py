@@ -87,9 +87,9 @@ def swizzle(line: int) -> tuple:
     return plgpu.TilingTransform((8, line)), plgpu.SwizzleTransform(2 * line)
 
 
-def swizzled(rows: int, columns: int, tiles: int, *, dtype, line: int = 64) -> plgpu.SMEM:
+def swizzled(rows: int, columns: int, tiles: int, *, dtype) -> plgpu.SMEM:
     """Tiles in shared memory, laid out for matrix instructions."""
-    return plgpu.SMEM((tiles, rows, columns), dtype, transforms=swizzle(line))
+    return plgpu.SMEM((tiles, rows, columns), dtype, transforms=swizzle(64))
 
 
 def ring(stages: int, copies: int = 1) -> dict:

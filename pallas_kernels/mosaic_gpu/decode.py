@@ -116,15 +116,15 @@ def attend(rows, walk: Walk, stats_ref, *, c, block, interpret) -> tiles.State:
         return products
 
     def weights(i, stats, s1, t=None):
-        """Statistics of the rows moved by tile i, the factor and the shift for their sums, and its weights."""
+        """Statistics of the rows moved by tile i, the factor of their sums, and its weights."""
         visible = walk.visible(i, s1)
         m, d1, t_mean = stats
         if t is None:
             m, a, p = tiles.softmax_weights(m, s1, c, visible)
-            return (m, a * d1 + jnp.sum(p, axis=-1), None), a, None, [p.astype(rows[0].dtype)]
+            return (m, a * d1 + jnp.sum(p, axis=-1), None), a, [p.astype(rows[0].dtype)]
         t = jnp.where(visible, t, 0.0)  # whatever lies there
         stats, a, *both = tiles.weigh_rows(m, d1, t_mean, s1, t, c, visible)
-        return stats, a, t_mean - stats[2], [p.astype(rows[0].dtype) for p in both]
+        return stats, a, [p.astype(rows[0].dtype) for p in both]
 
     def add_values(i, sums, p):
         num_keys, values = walk.num_keys(i), walk.wait_for("v", i)
@@ -133,28 +133,28 @@ def attend(rows, walk: Walk, stats_ref, *, c, block, interpret) -> tiles.State:
         walk.done("v", i)
         return sums
 
-    def move(sums, a, moved):
-        return [tiles.spread(a, sums[0]) * sums[0]] if moved is None else list(tiles.move_values(*sums, a, moved))
+    def move(sums, a, old, new):
+        """Sums by the factor a, and around another t_mean."""
+        if len(rows) == 1:
+            return [tiles.spread(a, sums[0]) * sums[0]]
+        return list(tiles.move_values(*sums, a, old[2] - new[2]))
 
     def body(i, carry):
         stats, p, sums = carry
         products = scores(i)
         sums = add_values(i - 1, sums, p)
-        stats, a, moved, p = weights(i, stats, *products)
-        return stats, p, move(sums, a, moved)
+        moved, a, p = weights(i, stats, *products)
+        return moved, p, move(sums, a, stats, moved)
 
     sums = [zeros(rows[0].shape[1]) for _ in rows]
-    stats, _, _, p = weights(0, (zeros() - jnp.inf, zeros(), zeros() if len(rows) == 2 else None), *scores(0))
+    stats, _, p = weights(0, (zeros() - jnp.inf, zeros(), zeros() if len(rows) == 2 else None), *scores(0))
     if not isinstance(walk.count, int) or walk.count > 1:
         stats, p, sums = lax.fori_loop(1, walk.count, body, (stats, p, sums))
     by_warp = registers.of_all_warps([x for x in stats if x is not None], stats_ref, interpret)
-    by_warp = [[*x, None][:3] for x in by_warp]
     sums = add_values(walk.count - 1, sums, p)
-    m, _, t_mean = stats
-    stats, _ = tiles.merge_rows(*zip(*by_warp, strict=True))
-    state = tiles.State(m, None, t_mean, *sums, *[None] * (2 - len(rows)))
-    sums = tiles.move_sums(state, tiles.factor(m, stats[0]), stats[2])
-    return tiles.State(*stats, *sums)
+    merged, _ = tiles.merge_rows(*zip(*([*x, None][:3] for x in by_warp), strict=True))
+    sums = move(sums, tiles.factor(stats[0], merged[0]), stats, merged)
+    return tiles.State(*merged, *sums, *[None] * (2 - len(rows)))
 
 
 def decode(query, probe, key, value, mask: blocks.Mask, page_table, *, scale, block_sizes):
