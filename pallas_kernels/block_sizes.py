@@ -277,9 +277,9 @@ class MosaicGpuDecodeBlockSizes:
         The arguments are those of a backend's `decode`. The numbers come from sweeps (docs/results/decode.md).
         """
         programs, num_keys, width = _decode_size(query, key, value, mask, page_table)
-        fits = lambda block_k: page_table is None or max(key.shape[1], block_k) % min(key.shape[1], block_k) == 0
+        fits = page_table is None or key.shape[1] % 128 == 0 or 128 % key.shape[1] == 0
         launch = cls._of_many if programs > HOPPER_CORES else cls._of_few
-        return launch(programs, num_keys, width, next(filter(fits, (128, 64, 32)), 32))
+        return launch(programs, num_keys, width, 128 if fits else 64)
 
     @classmethod
     def _of_few(cls, programs: int, num_keys: int, width: int, block_k: int) -> "MosaicGpuDecodeBlockSizes":
@@ -288,7 +288,7 @@ class MosaicGpuDecodeBlockSizes:
         Clusters of more than two programs need their cores in one part of the chip: a quarter of all is left to choose
         from, or programs are small enough that several run on a core.
         """
-        if 12 * programs > HOPPER_CORES and 8 * programs <= 3 * HOPPER_CORES and (num_keys >= 4096 or programs > 32):
+        if HOPPER_CORES // 12 < programs <= HOPPER_CORES * 3 // 8 and (num_keys >= 4096 or programs > 32):
             places = HOPPER_CORES * (9 if width == 64 and num_keys >= 4096 else 6) // 4
             splits = min(8, places // programs, -(-num_keys // block_k))
             is_alone = splits * programs <= HOPPER_CORES
@@ -308,7 +308,7 @@ class MosaicGpuDecodeBlockSizes:
         groups = 2 if can_pair else 1
         room = 3 * 16384 // (groups * block_k * width)  # in shared memory, for tiles of each group
         most_stages = 1 if can_pair and most <= 4 else 2
-        return cls(block_k, splits, groups, max(1, min(-(-most // groups), room, most_stages)))
+        return cls(block_k, splits, groups, min(-(-most // groups), room, most_stages))
 
     @classmethod
     def _of_many(cls, programs: int, num_keys: int, width: int, block_k: int) -> "MosaicGpuDecodeBlockSizes":
@@ -343,11 +343,14 @@ class MosaicGpuDecodeBlockSizes:
         """Why other kernels are faster, or None: they split keys of few heads among more programs."""
         programs, num_keys, width = _decode_size(query, key, value, mask, page_table)
         keys = num_keys / cls.heuristic(query, key, value, mask, page_table).num_splits  # of a program
-        is_slow = keys > (512 if programs >= 4 else 256) if programs < 8 else False
+        is_slow = programs < 8 and keys > (512 if programs >= 4 else 256)
         # Clusters leave some of the cores idle, which memory forgives up to so many keys.
-        is_slow |= 16 < programs <= 49 and width == 128 and programs * num_keys * width >= 6 * MEMORY_BOUND
-        # A tile in several pages starts late, and the few tiles of few programs do not hide it.
-        is_slow |= page_table is not None and key.shape[1] < 128 and programs <= 16 and keys >= 2048
+        has_clusters = width == 128 and 16 < programs <= HOPPER_CORES * 3 // 8
+        is_slow |= has_clusters and programs * num_keys * width >= 6 * MEMORY_BOUND
+        if page_table is not None:
+            # A tile in several pages starts late, and the few tiles of few programs do not hide it.
+            is_slow |= key.shape[1] < 128 and programs <= 16 and keys >= 2048
+            is_slow |= key.shape[1] < 16  # which nobody timed
         return f"slower with {programs} heads x sequences of {num_keys} keys" if is_slow else None
 
 

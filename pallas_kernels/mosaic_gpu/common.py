@@ -21,6 +21,8 @@ BLOCK = 64  # rows and keys of a tile: 128 keys do not fit the registers of a wa
 GROUPS = 2  # computing warpgroups
 MULTIPROCESSORS = device.HOPPER_CORES
 WIDTHS = 64, 128  # of heads and values
+LINE = 64  # columns of 16 bits that lie in a row in shared memory
+SWIZZLE = plgpu.TilingTransform((8, LINE)), plgpu.SwizzleTransform(2 * LINE)  # how tiles lie there
 COMPUTE_REGISTERS, COPY_REGISTERS = 240, 24  # of a thread; the most that three warpgroups can share
 
 
@@ -82,14 +84,9 @@ class Order:
         return first + lax.rem(item, count), lax.div(item, count), other_way
 
 
-def swizzle(line: int) -> tuple:
-    """How tiles lie in shared memory for matrix instructions, `line` columns of 16 bits in a row."""
-    return plgpu.TilingTransform((8, line)), plgpu.SwizzleTransform(2 * line)
-
-
 def swizzled(rows: int, columns: int, tiles: int, *, dtype) -> plgpu.SMEM:
     """Tiles in shared memory, laid out for matrix instructions."""
-    return plgpu.SMEM((tiles, rows, columns), dtype, transforms=swizzle(64))
+    return plgpu.SMEM((tiles, rows, columns), dtype, transforms=SWIZZLE)
 
 
 def ring(stages: int, copies: int = 1) -> dict:

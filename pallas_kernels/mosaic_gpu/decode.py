@@ -78,7 +78,7 @@ class Walk(NamedTuple):
       count: tiles, at least one.
       wait_for: (name, i) -> tile i of "k" or "v" in shared memory, once it has landed.
       done: (name, i) says that the tile has been used.
-      visible: (i, like) -> which rows see which keys of tile i, in the shape and layout of `like`.
+      visible: (i, like) -> which rows see which keys of their warp's quarter of tile i, as `like` is laid out.
       num_keys: i -> from which row on nothing is known of tile i.
     """
 

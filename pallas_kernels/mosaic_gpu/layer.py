@@ -573,7 +573,7 @@ def _layers(
         ready=plgpu.Barrier(num_barriers=SLOTS),
         free=plgpu.Barrier(num_barriers=SLOTS),
     )
-    row = plgpu.SMEM((registers.ROWS, longest), dtype, transforms=common.swizzle(TILE[1]))
+    row = plgpu.SMEM((registers.ROWS, longest), dtype, transforms=common.SWIZZLE)
     sums = registers.sums_scratch(group, 1 + has_probe, head_dim, 16 * longest)  # while there is no product
     if interpret:
         scratch |= dict(slots, row=row)

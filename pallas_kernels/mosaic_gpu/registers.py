@@ -39,12 +39,12 @@ def _half(columns: int, dtype) -> plgpu.ShapeDtypeStruct:
     return plgpu.ShapeDtypeStruct((WARPS * ROWS, columns), dtype, layout=HALF)
 
 
-def _array(registers: Sequence[ir.Value], columns: int) -> mgpu.FragmentedArray:
-    """Of layout `HALF`, from a register for each 8 columns."""
-    layout = HALF.to_mgpu()
-    array = np.empty(layout.registers_shape((WARPS * ROWS, columns)), dtype=object)
+def _array(registers: Sequence[ir.Value], columns: int | None = None) -> mgpu.FragmentedArray:
+    """Of layout `HALF`, from a register for each 8 columns, or of `HALF_ROWS`, from one."""
+    shape, layout = ((WARPS * ROWS,), HALF_ROWS) if columns is None else ((WARPS * ROWS, columns), HALF)
+    array = np.empty(layout.to_mgpu().registers_shape(shape), dtype=object)
     array.flat[:] = registers
-    return mgpu.FragmentedArray(_registers=array, _layout=layout, _is_signed=None)
+    return mgpu.FragmentedArray(_registers=array, _layout=layout.to_mgpu(), _is_signed=None)
 
 
 def _i32(x: int) -> ir.Value:
@@ -198,7 +198,7 @@ def scores(rows: Sequence[jax.Array], keys, interpret: bool) -> list[jax.Array]:
     dtype, columns = keys.dtype, num_keys // WARPS
 
     @plgpu.inline_mgpu(
-        arg_types=([HALF] * len(rows), plgpu.RefType(common.swizzle(64))),
+        arg_types=([HALF] * len(rows), plgpu.RefType(common.SWIZZLE)),
         return_type=[_half(columns, jnp.float32)] * len(rows),
     )
     def product(_, rows, keys):
@@ -237,7 +237,7 @@ def add_values(sums: Sequence[jax.Array], weights: Sequence[jax.Array], values, 
     dtype = values.dtype
 
     @plgpu.inline_mgpu(
-        arg_types=([HALF] * len(sums), [HALF] * len(sums), plgpu.RefType(common.swizzle(64))),
+        arg_types=([HALF] * len(sums), [HALF] * len(sums), plgpu.RefType(common.SWIZZLE)),
         return_type=[_half(width, jnp.float32)] * len(sums),
     )
     def product(_, sums, weights, values):
@@ -263,10 +263,9 @@ def hide(values, limit: jax.Array, interpret: bool) -> None:
         row = lax.broadcasted_iota(jnp.int32, values.shape, 0)
         values[...] = jnp.where(row < limit, values[...], jnp.zeros((), values.dtype))
         return
-    columns = 64
-    threads, lines = columns // 8, width // columns  # of 16 bytes for a line, of a row
+    threads, lines = common.LINE // 8, width // common.LINE  # of 16 bytes for a line, of a row
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(common.swizzle(columns)), plgpu.Layout.WG_SPLAT(())))
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(common.SWIZZLE), plgpu.Layout.WG_SPLAT(())))
     def zero(_, ref, limit):
         thread = arith.remui(mgpu.utils.thread_idx(), _i32(128))
         of_line, first = arith.remui(thread, _i32(threads)), arith.divui(thread, _i32(threads))
@@ -276,7 +275,7 @@ def hide(values, limit: jax.Array, interpret: bool) -> None:
             row = arith.addi(arith.muli(arith.divui(line, _i32(8 * lines)), _i32(8)), arith.remui(line, _i32(8)))
             mgpu.utils.inline_ptx(
                 "st.shared.v4.b32 [$0], {$1, $1, $1, $1};",
-                arith.addi(base, arith.muli(line, _i32(2 * columns))),
+                arith.addi(base, arith.muli(line, _i32(2 * common.LINE))),
                 _i32(0),
                 predicate=arith.cmpi(arith.CmpIPredicate.sge, row, _scalar(limit)),
                 has_side_effects=True,
@@ -310,13 +309,7 @@ def of_all_warps(stats: Sequence[jax.Array], ref, interpret: bool) -> list[list[
         with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.eq, pair, _i32(0))):
             llvm.store(vector.from_elements(four, _four(stats)), at(warp), alignment=16)
         mgpu.utils.warpgroup_barrier()
-        layout = HALF_ROWS.to_mgpu()
-
-        def array(x):
-            registers = np.empty(layout.registers_shape((WARPS * ROWS,)), dtype=object)
-            registers.flat[0] = vector.from_elements(ir.VectorType.get((1,), f32), [x])
-            return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
-
+        array = lambda x: _array([vector.from_elements(ir.VectorType.get((1,), f32), [x])])
         loaded = [_elements(llvm.load(four, at(_i32(warp)), alignment=16)) for warp in range(WARPS)]
         return [array(x) for numbers in loaded for x in numbers[: len(stats)]]
 
@@ -339,16 +332,21 @@ def sums_scratch(rows: int, num_sums: int, width: int, most: int = 17 << 10) -> 
     return WARPS, max(1, min(rows, most // (4 * WARPS * numbers))), numbers
 
 
-def _add_up(sums: Sequence[mgpu.FragmentedArray], ref: ir.Value, rows: int, store: Callable) -> None:
-    """Adds up the sums of a warpgroup's warps.
+def _store_rows(stats, sums, ref: ir.Value, rows: int, store_stats: Callable, store_sums: Callable) -> None:
+    """Stores the rows' statistics, and their sums over values, added up over a warpgroup's warps.
 
     Args:
-      sums: (32, columns) each.
+      stats: (32,) each, the same in all warps.
+      sums: (32, columns) each, of which each warp has a share.
       ref: in shared memory, of the shape that `sums_scratch` gives.
       rows: that are there of 8.
-      store: (row, number, values, exists) stores two of a row's sums, of which there are (len(sums), columns).
+      store_stats: (row, number, values, exists) stores a row's four numbers, from number 0 on.
+      store_sums: likewise two of its sums, of which there are (len(sums), columns).
     """
     warp, row, pair = _thread()
+    is_first = arith.cmpi(arith.CmpIPredicate.eq, arith.addi(warp, pair), _i32(0))
+    exists = arith.andi(is_first, arith.cmpi(arith.CmpIPredicate.ult, row, _i32(rows)))
+    store_stats(row, _i32(0), _four(stats), exists)
     thread = arith.remui(mgpu.utils.thread_idx(), _i32(128))
     width = sums[0].shape[1]
     _, at_once, numbers = ir.MemRefType(ref.type).shape
@@ -375,7 +373,7 @@ def _add_up(sums: Sequence[mgpu.FragmentedArray], ref: ir.Value, rows: int, stor
             item = arith.minui(item, _i32(here * of_row - 1))
             own, number = arith.divui(item, _i32(of_row)), arith.muli(arith.remui(item, _i32(of_row)), _i32(2))
             loaded = [llvm.load(two, at(_i32(i), own, number), alignment=8) for i in range(WARPS)]
-            store(arith.addi(own, _i32(first)), number, _elements(functools.reduce(arith.addf, loaded)), exists)
+            store_sums(arith.addi(own, _i32(first)), number, _elements(functools.reduce(arith.addf, loaded)), exists)
 
 
 def expect(inbox_ref, num_bytes: jax.Array) -> None:
@@ -450,7 +448,7 @@ def exchange(
             ("async.shared::cluster.mbarrier::complete_tx::bytes", ", [$@]") if inboxes else ("shared::cta", "")
         )
 
-        def store(row, ref, of_part: int, number: ir.Value, values, exists):
+        def store(ref, of_part: int, row, number: ir.Value, values, exists):
             """Stores numbers of the state of a row where it is merged."""
             target, slot = arith.remui(row, _i32(num_splits)), arith.divui(row, _i32(num_splits))
             place = arith.addi(arith.muli(slot, _i32(num_parts)), _scalar(part))
@@ -464,12 +462,8 @@ def exchange(
             to, *told = addresses
             ptx(f"st.{kind}.v{size}.f32 [$0], {{{names}}}{inbox};", to, *values, *told, predicate=exists)
 
-        warp, row, pair = _thread()
-        is_first = arith.cmpi(arith.CmpIPredicate.eq, arith.addi(warp, pair), _i32(0))
-        exists = arith.andi(is_first, arith.cmpi(arith.CmpIPredicate.ult, row, _i32(rows)))
-        store(row, stats_ref, 4, _i32(0), _four(stats), exists)
-        of_part = len(sums) * width
-        _add_up(sums, scratch_ref, rows, lambda row, *x: store(row, sums_ref, of_part, *x))
+        stores = (functools.partial(store, *x) for x in ((stats_ref, 4), (sums_ref, len(sums) * width)))
+        _store_rows(stats, sums, scratch_ref, rows, *stores)
         wait = "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [$0], 0;"
         if inboxes:
             ptx(f"{{ .reg .pred done; again: {wait} @!done bra again; }}", _shared_address(inboxes[0]))
@@ -505,19 +499,16 @@ def store_state(state: tiles.State, stats_ref, sums_ref, scratch_ref, rows: int,
     def write(_, stats, sums, stats_ref, sums_ref, scratch_ref):
         i64 = ir.IntegerType.get_signless(64)
 
-        def store(ref, offset: ir.Value, values, exists):
+        def store(ref, of_row: int, row, number, values, exists):
             names = ", ".join(f"${i + 1}" for i in range(len(values)))
+            offset = arith.addi(arith.muli(row, _i32(of_row)), number)
             at = arith.addi(_global_address(ref), arith.extui(i64, arith.muli(offset, _i32(4))))
             ptx = f"st.global.v{len(values)}.f32 [$0], {{{names}}};"
             mgpu.utils.inline_ptx(ptx, at, *values, predicate=exists, has_side_effects=True)
 
-        warp, row, pair = _thread()
-        is_first = arith.cmpi(arith.CmpIPredicate.eq, arith.addi(warp, pair), _i32(0))
-        exists = arith.andi(is_first, arith.cmpi(arith.CmpIPredicate.ult, row, _i32(rows)))
-        store(stats_ref, arith.muli(row, _i32(4)), _four(stats), exists)
         of_row = len(sums) * sums[0].shape[1]
-        to = lambda row, number, *x: store(sums_ref, arith.addi(arith.muli(row, _i32(of_row)), number), *x)
-        _add_up(sums, scratch_ref, rows, to)
+        stores = (functools.partial(store, *x) for x in ((stats_ref, 4), (sums_ref, of_row)))
+        _store_rows(stats, sums, scratch_ref, rows, *stores)
         return ()
 
     write(stats, sums, stats_ref, sums_ref, scratch_ref)
@@ -548,7 +539,7 @@ def write_row(ref, x: jax.Array, layout, interpret: bool, *, row=0, first=0) -> 
     traced = {name: x for name, x in (("row", row), ("first", first)) if not isinstance(x, int)}
     splats = dict.fromkeys(traced, plgpu.Layout.WG_SPLAT(()))
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(common.swizzle(64)), layout, splats))
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(common.SWIZZLE), layout, splats))
     def write(_, ref, x, traced):
         i32 = ir.IntegerType.get_signless(32)
         row_, first_ = (
