@@ -19,13 +19,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import blocks, tiles
 from pallas_kernels.block_sizes import SHARED_MEMORY, MosaicGpuDecodeBlockSizes, decode_capacity
 from pallas_kernels.mosaic_gpu import common, registers
-from pallas_kernels.mosaic_gpu.registers import HALF, HALF_ROWS, ROWS, WARPS
+from pallas_kernels.mosaic_gpu.registers import ROWS
 
 BARRIERS = 1024  # bytes of shared memory, no fewer than barriers take
 
@@ -51,7 +50,7 @@ def unsupported(query, probe, key, value, mask, page_table, *, scale, block_size
         return f"block_sizes: {config.num_parts} warpgroups share the cache's {tiles_there} tiles"
     width, num_sums = key.shape[3], 1 if probe is None else 2
     states = pl.cdiv(rows, config.num_splits) * config.num_parts
-    of_warps = math.prod(registers.sums_scratch(rows, num_sums, width)) + math.prod(registers.STATS_SCRATCH)
+    of_warps = math.prod(registers.sums_scratch(rows, num_sums, width)) + math.prod(registers.stats_scratch(rows))
     num_bytes = config.num_groups * (config.num_stages * 4 * config.block_k * width + 4 * of_warps)
     num_bytes += states * 4 * (num_sums * width + 4)
     if num_bytes > SHARED_MEMORY["H100"] - BARRIERS:
@@ -62,13 +61,6 @@ def unsupported(query, probe, key, value, mask, page_table, *, scale, block_size
 def outrun(query, probe, key, value, mask, page_table) -> str | None:
     """Why another backend is faster at a call that this one supports, or None."""
     return MosaicGpuDecodeBlockSizes.outrun(query, key, value, mask, page_table)
-
-
-def _columns(width: int) -> plgpu.Layout:
-    """Layout of a row of values: pairs of columns, each in several threads."""
-    tiling = fragmented_array.Tiling(((width,), (width // 4,), (2,)))
-    copies = fragmented_array.Replicated(32 // (width // 8))
-    return plgpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=(copies, -2), vector_dim=-1)
 
 
 class Walk(NamedTuple):
@@ -89,29 +81,34 @@ class Walk(NamedTuple):
     num_keys: Callable
 
 
-def attend(rows, walk: Walk, stats_ref, *, c, block, interpret) -> tiles.State:
+def attend(rows, num_rows: int, num_sums: int, walk: Walk, stats_ref, sums_ref, *, c, block, interpret) -> tiles.State:
     """The state of rows of queries over some tiles of keys, of each of which a warp takes a quarter.
 
     The loop is rotated as in the forward pass: the product with the values of tile i runs under the softmax of tile
     i + 1.
 
     Args:
-      rows: queries and probes or queries alone, as `registers.gather` gives them; the values' width is theirs.
+      rows: queries and probes, as `registers.gather` gives them; the values' width is theirs.
+      num_rows: queries that there are.
+      num_sums: 2, or 1 where there are no probes.
       walk: the tiles.
       stats_ref: for `registers.of_all_warps`.
+      sums_ref: for `registers.share_out`; it may be where the last tile's keys were.
       c: factor on scores, in base 2.
       block: keys of a tile.
       interpret: whether Pallas' interpreter runs.
 
     Returns:
-      A state whose statistics are of all keys, and whose sums over values are of each warp's.
+      A state of all keys, whose sums over values are shared out among warps.
     """
+    all_rows = rows.shape[0] // 2
+    of_results = registers.results_layout(all_rows)
     zeros = lambda *shape: plgpu.layout_cast(
-        jnp.zeros((WARPS * ROWS, *shape), jnp.float32), HALF if shape else HALF_ROWS
+        jnp.zeros((all_rows, *shape), jnp.float32), of_results if shape else of_results.reduce(1)
     )
 
     def scores(i):
-        products = registers.scores(rows, walk.wait_for("k", i), interpret)
+        products = registers.scores(rows, walk.wait_for("k", i), num_sums, interpret)
         walk.done("k", i)
         return products
 
@@ -121,10 +118,10 @@ def attend(rows, walk: Walk, stats_ref, *, c, block, interpret) -> tiles.State:
         m, d1, t_mean = stats
         if t is None:
             m, a, p = tiles.softmax_weights(m, s1, c, visible)
-            return (m, a * d1 + jnp.sum(p, axis=-1), None), a, [p.astype(rows[0].dtype)]
+            return (m, a * d1 + jnp.sum(p, axis=-1), None), a, registers.interleaved([p], rows.dtype, interpret)
         t = jnp.where(visible, t, 0.0)  # whatever lies there
         stats, a, *both = tiles.weigh_rows(m, d1, t_mean, s1, t, c, visible)
-        return stats, a, [p.astype(rows[0].dtype) for p in both]
+        return stats, a, registers.interleaved(both, rows.dtype, interpret)
 
     def add_values(i, sums, p):
         num_keys, values = walk.num_keys(i), walk.wait_for("v", i)
@@ -133,28 +130,23 @@ def attend(rows, walk: Walk, stats_ref, *, c, block, interpret) -> tiles.State:
         walk.done("v", i)
         return sums
 
-    def move(sums, a, old, new):
-        """Sums by the factor a, and around another t_mean."""
-        if len(rows) == 1:
-            return [tiles.spread(a, sums[0]) * sums[0]]
-        return list(tiles.move_values(*sums, a, old[2] - new[2]))
-
     def body(i, carry):
         stats, p, sums = carry
         products = scores(i)
         sums = add_values(i - 1, sums, p)
         moved, a, p = weights(i, stats, *products)
-        return moved, p, move(sums, a, stats, moved)
+        if num_sums == 1:
+            return moved, p, [tiles.spread(a, sums[0]) * sums[0]]
+        return moved, p, list(tiles.move_values(*sums, a, stats[2] - moved[2]))
 
-    sums = [zeros(rows[0].shape[1]) for _ in rows]
-    stats, _, p = weights(0, (zeros() - jnp.inf, zeros(), zeros() if len(rows) == 2 else None), *scores(0))
+    sums = [zeros(rows.shape[1]) for _ in range(num_sums)]
+    stats, _, p = weights(0, (zeros() - jnp.inf, zeros(), zeros() if num_sums == 2 else None), *scores(0))
     if not isinstance(walk.count, int) or walk.count > 1:
         stats, p, sums = lax.fori_loop(1, walk.count, body, (stats, p, sums))
-    by_warp = registers.of_all_warps([x for x in stats if x is not None], stats_ref, interpret)
-    sums = add_values(walk.count - 1, sums, p)
-    merged, _ = tiles.merge_rows(*zip(*([*x, None][:3] for x in by_warp), strict=True))
-    sums = move(sums, tiles.factor(stats[0], merged[0]), stats, merged)
-    return tiles.State(*merged, *sums, *[None] * (2 - len(rows)))
+    stats = registers.of_all_warps([x for x in stats if x is not None], stats_ref, interpret)
+    sums = registers.share_out(add_values(walk.count - 1, sums, p), sums_ref, num_rows, interpret)
+    absent = [None] * (2 - num_sums)
+    return tiles.merge([tiles.State(*x, *absent, *y, *absent) for x, y in zip(stats, sums, strict=True)])
 
 
 def decode(query, probe, key, value, mask: blocks.Mask, page_table, *, scale, block_sizes):
@@ -177,6 +169,7 @@ def decode(query, probe, key, value, mask: blocks.Mask, page_table, *, scale, bl
     integers = {"lengths": mask.lengths, "offset": mask.offset, "pages": page_table}
     integers = {name: x for name, x in integers.items() if x is not None}
     probes = [] if probe is None else [probe]
+    num_sums = 1 + len(probes)
 
     def kernel(q_ref, *refs, **scratch):
         s = types.SimpleNamespace(**scratch)
@@ -213,7 +206,7 @@ def decode(query, probe, key, value, mask: blocks.Mask, page_table, *, scale, bl
             copy(0, part * block)
         if num_splits > 1 and not interpret:
             rows_here = lax.div(rows - 1 - own + num_splits, num_splits)
-            registers.expect(s.inbox, rows_here * num_parts * 4 * (4 + (1 + len(probes)) * width))
+            registers.expect(s.inbox, rows_here * num_parts * 4 * (4 + num_sums * width))
 
         of_head = b, pl.ds(0, num_queries), pl.ds(kv * group_heads, group_heads)
         queries = registers.gather([x.at[*of_head] for x in (q_ref, *r_ref)], rows, interpret)
@@ -230,14 +223,13 @@ def decode(query, probe, key, value, mask: blocks.Mask, page_table, *, scale, bl
         copy_tile = lambda i, names="kv": pl.when(i < count)(lambda: copy(i, first_key(i), names))
         for i in range(is_early, 1 if has_one_tile else stages):
             copy_tile(jnp.int32(i))
-        row = plgpu.broadcasted_iota(jnp.int32, (WARPS * ROWS,), 0, layout=HALF_ROWS)
-        position = offset + lax.div(jnp.minimum(lax.rem(row, ROWS), rows - 1), group_heads)
-        own_quarter = registers.first_of_quarter(block)
+        position = offset + lax.div(registers.row_numbers(rows), group_heads)
+        own_quarter = registers.first_of_quarter(block, position.size)
         last_seen = jnp.minimum(position, length - 1) - own_quarter
 
         def visible(i, like):
             key = first_key(i)
-            across = plgpu.broadcasted_iota(jnp.int32, like.shape, 1, layout=HALF)
+            across = plgpu.broadcasted_iota(jnp.int32, like.shape, 1, layout=registers.results_layout(position.size))
             seen = across <= tiles.spread(last_seen - key, like)
             if mask.window is not None:
                 seen &= across > tiles.spread(position - mask.window - own_quarter - key, like)
@@ -255,24 +247,19 @@ def decode(query, probe, key, value, mask: blocks.Mask, page_table, *, scale, bl
 
         walk = Walk(count, wait_for, done, visible, lambda i: end - first_key(i))
         of_group = lambda name: None if interpret else getattr(s, name).at[group]
-        state = attend(queries, walk, of_group("warp_stats"), c=c, block=block, interpret=interpret)
+        exchanged = of_group("warp_stats"), of_group("warp_sums")
+        state = attend(queries, rows, num_sums, walk, *exchanged, c=c, block=block, interpret=interpret)
         if interpret:  # Pallas' interpreter has no memory that a cluster shares: see below
             for ref, x in zip(out_refs, jax.tree.leaves(state), strict=True):
-                x = x if x.ndim == 1 else registers.added_up(x)
-                ref[part, program] = x[:rows]
+                ref[part, program] = registers.whole_rows(x, rows, width)
             return
-        to = scratch.get("inbox"), s.stats, s.sums, of_group("warp_sums")
-        registers.exchange(state, part, *to, rows=rows, num_splits=num_splits)
+        registers.exchange(state, part, scratch.get("inbox"), s.stats, s.sums, rows=rows, num_splits=num_splits)
 
         def merge(slot, row):
-            def load(i):
-                stats = [s.stats[slot, i, j] for j in range(3)]
-                sums = [plgpu.load(s.sums.at[slot, i, j], layout=_columns(width), optimized=False) for j in of_state]
-                return tiles.State(*stats, *sums) if probes else tiles.State(*stats[:2], None, *sums, None)
-
-            of_state = range(1 + len(probes))
-            out, *_ = tiles.finish(tiles.merge([load(i) for i in range(num_parts)]))
-            out_refs[0][b, lax.div(row, group_heads), kv * group_heads + lax.rem(row, group_heads)] = out.astype(dtype)
+            states = [registers.received(s.stats.at[slot, i], s.sums.at[slot, i]) for i in range(num_parts)]
+            out, *_ = tiles.finish(tiles.merge(states))
+            to = out_refs[0].at[b, lax.div(row, group_heads), kv * group_heads + lax.rem(row, group_heads)]
+            registers.put(to, out.astype(dtype), registers.in_columns(width).reduce(0), interpret)
 
         for i in range(0, slots, groups):
             row = own + (i + group) * num_splits
@@ -293,9 +280,9 @@ def decode(query, probe, key, value, mask: blocks.Mask, page_table, *, scale, bl
             launch |= dict(cluster=(num_splits,), cluster_names=("split",))
             scratch["inbox"] = plgpu.SMEM((2,), jnp.int32)
         scratch["stats"] = plgpu.SMEM((slots, num_parts, 4), jnp.float32)
-        scratch["sums"] = plgpu.SMEM((slots, num_parts, 1 + len(probes), width), jnp.float32)
+        scratch["sums"] = plgpu.SMEM((slots, num_parts, width, num_sums), jnp.float32)
         of_warps = dict(
-            warp_stats=registers.STATS_SCRATCH, warp_sums=registers.sums_scratch(rows, 1 + len(probes), width)
+            warp_stats=registers.stats_scratch(rows), warp_sums=registers.sums_scratch(rows, num_sums, width)
         )
         scratch |= {name: plgpu.SMEM((groups, *shape), jnp.float32) for name, shape in of_warps.items()}
     results = plgpu.kernel(

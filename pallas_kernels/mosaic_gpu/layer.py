@@ -122,13 +122,6 @@ def _in_each_warp(size: int) -> plgpu.Layout:
     return plgpu.Layout.TILED(tiling, warp_dims=(copies,), lane_dims=(-2,), vector_dim=-1)
 
 
-def _in_columns(size: int) -> plgpu.Layout:
-    """Layout of rows of 64 or 128 columns, one a thread; of 64 columns two threads have the same."""
-    tiling = fragmented_array.Tiling(((1, size), (size // 4,), (1,)))
-    copies = fragmented_array.Replicated(128 // size)
-    return plgpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=(copies, -2), vector_dim=-1)
-
-
 def unsupported(x, weights, key, programs: int = PROGRAMS) -> str | None:
     """Why `layers` cannot run blocks, or None; the arguments are those of `layers`, arrays or their shapes."""
     _, batch, capacity, kv_heads, head_dim = key.shape
@@ -417,7 +410,7 @@ def _layers(
 
         def attention():
             stats, sums = (buffers[name].at[now.kv] for name in ("stats", "sums"))
-            half, layout, of_columns = head_dim // 2, _in_each_warp(head_dim // 2), _in_columns(head_dim)
+            half, layout, of_columns = head_dim // 2, _in_each_warp(head_dim // 2), registers.in_columns(head_dim)
             halves = [pl.ds(i * half, half) for i in range(2)]
 
             gains = {
@@ -495,17 +488,21 @@ def _layers(
                 plgpu.barrier_arrive(s.free.at[at(name, i)])
 
             def visible(i, like):
-                across = plgpu.broadcasted_iota(jnp.int32, like.shape, 1, layout=registers.HALF)
-                left = now.num_keys - key_of(now.own, i) - registers.first_of_quarter(block)
+                of_results = registers.results_layout(like.shape[0])
+                across = plgpu.broadcasted_iota(jnp.int32, like.shape, 1, layout=of_results)
+                left = now.num_keys - key_of(now.own, i) - registers.first_of_quarter(block, like.shape[0])
                 return across < tiles.spread(left, like)
 
             walk = decode.Walk(now.count, wait_for, done, visible, lambda i: now.num_keys - key_of(now.own, i))
-            state = decode.attend(rows_here, walk, s.warp_stats, c=c, block=block, interpret=interpret)
-            registers.store_state(state, stats.at[now.own], sums.at[now.own], warp_sums, group, interpret)
+            exchanged = s.warp_stats, warp_sums
+            state = decode.attend(
+                rows_here, group, 1 + has_probe, walk, *exchanged, c=c, block=block, interpret=interpret
+            )
+            registers.store_state(state, stats.at[now.own], sums.at[now.own], group, interpret)
 
         def out():
             meet("head", 0)  # who needs a head's states has made one of them
-            layout = _in_columns(head_dim)
+            layout = registers.in_columns(head_dim)
             stats, sums = (buffers[name].at[now.kv] for name in ("stats", "sums"))
 
             def merged(i):
@@ -569,12 +566,12 @@ def _layers(
         new=plgpu.SMEM((2, head_dim), dtype),
         kept=plgpu.SMEM((4,), jnp.int32),
         rows=plgpu.SMEM((2, 1, group, head_dim), dtype),
-        warp_stats=plgpu.SMEM(registers.STATS_SCRATCH, jnp.float32),
+        warp_stats=plgpu.SMEM(registers.stats_scratch(group), jnp.float32),
         ready=plgpu.Barrier(num_barriers=SLOTS),
         free=plgpu.Barrier(num_barriers=SLOTS),
     )
     row = plgpu.SMEM((registers.ROWS, longest), dtype, transforms=common.SWIZZLE)
-    sums = registers.sums_scratch(group, 1 + has_probe, head_dim, 16 * longest)  # while there is no product
+    sums = registers.sums_scratch(group, 1 + has_probe, head_dim)  # while there is no product
     if interpret:
         scratch |= dict(slots, row=row)
     else:

@@ -1,9 +1,11 @@
 """What Hopper's decode does below Pallas, register by register: products, and how warps and programs exchange states.
 
-The four warps of a warpgroup share out the keys of a tile, a quarter each. A warp's matrix instructions have 16 rows:
-the first 8 are query rows of one kv head, the others their probes. A thread holds rows i and i + 8 in registers of
-their own, so that both products of a tile are one and taking them apart moves nothing. To Pallas, arrays of 32 rows are
-8 rows of each warp.
+The four warps of a warpgroup share out the keys of a tile, a quarter each. Keys, and columns of values, are the 16 rows
+of a warp's matrix instructions; queries and their probes are neighbours among its 8 columns. A thread then holds both
+scores of a query and a key, and both sums of a query and a column of values. A kv head has up to four queries in one
+column of instructions, or eight in two; where it has fewer, the others repeat them.
+
+To Pallas, arrays of results are 4 or 8 rows of each warp, and operands of products, `interleaved`, twice as many.
 
 Every function has a plain version for Pallas' interpreter, but for those in which programs meet.
 """
@@ -25,26 +27,79 @@ from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
 from pallas_kernels import tiles
 from pallas_kernels.mosaic_gpu import common
 
-ROWS = 8  # of queries, and of probes
+ROWS = 8  # of queries, at most
 TILE = plgpu.Layout.WGMMA
-HALF = plgpu.Layout.TILED(  # the queries' rows, or the probes'
-    fragmented_array.Tiling(((32, 8), (8, 8), (2,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
-)
-HALF_ROWS = HALF.reduce(1)  # one number for each of these rows
 WARPS = 4  # which share the keys of a tile
-STATS_SCRATCH = WARPS, ROWS, 4  # shape of the shared memory through which warps exchange statistics
 
 
-def _half(columns: int, dtype) -> plgpu.ShapeDtypeStruct:
-    return plgpu.ShapeDtypeStruct((WARPS * ROWS, columns), dtype, layout=HALF)
+def rows_held(rows: int) -> int:
+    """Rows of a warp's results."""
+    return 4 if rows <= 4 else 8
 
 
-def _array(registers: Sequence[ir.Value], columns: int | None = None) -> mgpu.FragmentedArray:
-    """Of layout `HALF`, from a register for each 8 columns, or of `HALF_ROWS`, from one."""
-    shape, layout = ((WARPS * ROWS,), HALF_ROWS) if columns is None else ((WARPS * ROWS, columns), HALF)
-    array = np.empty(layout.to_mgpu().registers_shape(shape), dtype=object)
+def stats_scratch(rows: int) -> tuple[int, int, int]:
+    """Shape of the shared memory through which warps exchange statistics, of float32."""
+    return WARPS, rows_held(rows), 4
+
+
+def _layout(held: int, lines: int, in_thread: int, lane_dims: tuple[int, int]) -> plgpu.Layout:
+    """Layout of 8 columns by `held` rows of each warp, 4 or 8, in blocks of `lines`."""
+    whole = [(WARPS * held, 8), (held, 8)] + [(lines, 8)] * (held > lines)
+    tiling = fragmented_array.Tiling((*whole, (in_thread,)))
+    return plgpu.Layout.TILED(tiling, warp_dims=(1 - 2 * len(whole) - 2,), lane_dims=lane_dims, vector_dim=-1)
+
+
+def results_layout(num_rows: int) -> plgpu.Layout:
+    """Layout of results of `num_rows` rows, those of all warps; `reduce(1)` is that of one number for each row."""
+    return _layout(num_rows // WARPS, 4, 1, (-2, -3))
+
+
+def _operand(num_rows: int) -> plgpu.Layout:
+    """Layout of operands of products, which have `num_rows` rows."""
+    return _layout(num_rows // WARPS, 8, 2, (-3, -2))
+
+
+def _array(registers: Sequence[ir.Value], shape: tuple[int, ...], to: plgpu.Layout) -> mgpu.FragmentedArray:
+    """Of vectors, in the order of columns and, within them, of blocks of rows."""
+    array = np.empty(to.to_mgpu().registers_shape(shape), dtype=object)
     array.flat[:] = registers
-    return mgpu.FragmentedArray(_registers=array, _layout=layout.to_mgpu(), _is_signed=None)
+    return mgpu.FragmentedArray(_registers=array, _layout=to.to_mgpu(), _is_signed=None)
+
+
+def _result(numbers: Sequence[ir.Value], *shape: int) -> mgpu.FragmentedArray:
+    one = ir.VectorType.get((1,), ir.F32Type.get())
+    of = results_layout(shape[0])
+    return _array([vector.from_elements(one, [x]) for x in numbers], shape, of if len(shape) == 2 else of.reduce(1))
+
+
+def _results(*shape: int) -> plgpu.ShapeDtypeStruct:
+    of = results_layout(shape[0])
+    return plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=of if len(shape) == 2 else of.reduce(1))
+
+
+def _numbers(x: mgpu.FragmentedArray) -> list[ir.Value]:
+    """What a thread holds of results."""
+    return [_elements(register)[0] for register in x.registers.flat]
+
+
+def _distinct(rows: int) -> int:
+    """How many of the rows in one column of instructions are not there to repeat the others."""
+    return 1 << (min(rows, 4) - 1).bit_length()
+
+
+def _place(row, rows: int, remainder: Callable, least: Callable):
+    """The query of a row of a warp's results."""
+    return least(row if rows > 4 else remainder(row, _distinct(rows)), rows - 1)
+
+
+def row_numbers(rows: int) -> jax.Array:
+    """The query of each row of results, (4 * held,) int32, where there are `rows` queries."""
+    num_rows = WARPS * rows_held(rows)
+    of_rows = results_layout(num_rows).reduce(1)
+    if rows == 1:  # of numbers that nobody needs no layout could be inferred
+        return plgpu.layout_cast(jnp.zeros(num_rows, jnp.int32), of_rows)
+    row = plgpu.broadcasted_iota(jnp.int32, (num_rows,), 0, layout=of_rows)
+    return _place(lax.rem(row, rows_held(rows)), rows, lax.rem, jnp.minimum)
 
 
 def _i32(x: int) -> ir.Value:
@@ -78,50 +133,103 @@ def _global_address(ref: ir.Value) -> ir.Value:
 
 
 def _thread() -> tuple[ir.Value, ir.Value, ir.Value]:
-    """(warp, row of a half, pair of columns) of this thread."""
+    """(warp, one of 8, one of 4) of this thread: column and row of results, or row and pair of columns of operands."""
     thread = mgpu.utils.thread_idx()
     lane = arith.remui(thread, _i32(32))
     return arith.remui(arith.divui(thread, _i32(32)), _i32(4)), arith.divui(lane, _i32(4)), arith.remui(lane, _i32(4))
 
 
-def gather(given: Sequence, rows: int, interpret: bool) -> list[jax.Array]:
-    """The rows of queries and of probes, (32, H) each, the same in all warps.
+def gather(given: Sequence, rows: int, interpret: bool) -> jax.Array:
+    """The rows of queries and of probes as operands of products, the same in all warps.
 
     Args:
       given: references (T, heads, H) to the queries of one kv head, in global or shared memory, and to its probes.
-      rows: T times the heads, at most `ROWS`; the rows after these repeat the last.
+      rows: T times the heads, at most `ROWS`.
       interpret: whether Pallas' interpreter runs.
+
+    Returns:
+      (4 * 2 * held, H) as from `interleaved`.
     """
     _, heads, width = given[0].shape
-    dtype = given[0].dtype
+    dtype, held = given[0].dtype, rows_held(rows)
     if interpret:
-        row = jnp.minimum(lax.rem(jnp.arange(WARPS * ROWS), ROWS), rows - 1)
-        return [jnp.take(x[...].reshape(rows, width), row, axis=0) for x in given]
+        return interleaved([x[...].reshape(rows, width)[row_numbers(rows)] for x in given], dtype, interpret)
+    shape = 2 * WARPS * held, width
+    of = _operand(shape[0])
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(given), return_type=[_half(width, dtype)] * len(given))
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(),) * len(given), return_type=plgpu.ShapeDtypeStruct(shape, dtype, layout=of)
+    )
     def load(_, *refs):
         _, row, pair = _thread()
-        row = arith.minui(row, _i32(rows - 1))
+        is_probe = arith.cmpi(arith.CmpIPredicate.ne, arith.remui(row, _i32(2)), _i32(0))
         kind = ir.MemRefType(refs[0].type)
         (of_token, of_head, _), _ = kind.get_strides_and_offset()
-        offset = arith.muli(arith.divui(row, _i32(heads)), _i32(of_token))
-        offset = arith.addi(offset, arith.muli(arith.remui(row, _i32(heads)), _i32(of_head)))
-        offset = arith.addi(offset, arith.muli(pair, _i32(2)))
+        source = _pointer(refs[0])
+        if len(refs) == 2:
+            source = arith.select(is_probe, _pointer(refs[1]), source)
+        two = ir.VectorType.get((2,), kind.element_type)
+        zero = arith.constant(two, ir.DenseElementsAttr.get_splat(two, ir.FloatAttr.get(kind.element_type, 0.0)))
 
-        def pairs(ref):
+        def pairs(tile):
+            own = arith.addi(arith.divui(row, _i32(2)), _i32(4 * tile))
+            own = _place(own, rows, lambda x, y: arith.remui(x, _i32(y)), lambda x, y: arith.minui(x, _i32(y)))
+            offset = arith.muli(arith.divui(own, _i32(heads)), _i32(of_token))
+            offset = arith.addi(offset, arith.muli(arith.remui(own, _i32(heads)), _i32(of_head)))
+            offset = arith.addi(offset, arith.muli(pair, _i32(2)))
+            first = mgpu.utils.getelementptr(source, [offset], kind.element_type)
             for chunk in range(width // 8):
-                at = mgpu.utils.getelementptr(_pointer(ref), [arith.addi(offset, _i32(8 * chunk))], kind.element_type)
-                yield llvm.load(ir.VectorType.get((2,), kind.element_type), at, alignment=4)
+                loaded = llvm.load(two, mgpu.utils.getelementptr(first, [8 * chunk], kind.element_type), alignment=4)
+                yield loaded if len(refs) == 2 else arith.select(is_probe, zero, loaded)
 
-        return [_array(list(pairs(ref)), width) for ref in refs]
+        return _array([x for several in zip(*map(pairs, range(held // 4)), strict=True) for x in several], shape, of)
 
     return load(*given)
 
 
-def first_of_quarter(num_keys: int) -> jax.Array:
-    """First key of the quarter of a tile that the warp of a row has, (32,)."""
-    row = plgpu.broadcasted_iota(jnp.int32, (WARPS * ROWS,), 0, layout=HALF_ROWS)
-    return lax.div(row, ROWS) * (num_keys // WARPS)
+def interleaved(both: Sequence[jax.Array], dtype, interpret: bool) -> jax.Array:
+    """Results of queries and of probes as operands of products: the rows of both in turn.
+
+    Args:
+      both: (4 * held, columns) float32, one or two; a second that is missing is zero.
+      dtype: to round to.
+      interpret: whether Pallas' interpreter runs.
+
+    Returns:
+      (4 * 2 * held, columns).
+    """
+    num_rows, columns = both[0].shape
+    shape = 2 * num_rows, columns
+    if interpret:
+        first, second = [*both, jnp.zeros_like(both[0])][:2]
+        return jnp.stack([first, second], axis=1).reshape(shape).astype(dtype)
+    of = _operand(shape[0])
+
+    @plgpu.inline_mgpu(
+        arg_types=([results_layout(num_rows)] * len(both),),
+        return_type=plgpu.ShapeDtypeStruct(shape, dtype, layout=of),
+    )
+    def turn(_, both):
+        element = mgpu.utils.dtype_to_ir_type(jnp.dtype(dtype))
+        i32, two = ir.IntegerType.get_signless(32), ir.VectorType.get((2,), element)
+        first, second = [*map(_numbers, both), [mgpu.c(0.0, ir.F32Type.get())] * both[0].registers.size][:2]
+
+        def turned(x, y):
+            bits = llvm.bitcast(i32, arith.truncf(two, _pair(x, y)))
+            bits = mgpu.utils.inline_ptx(
+                "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", bits, result_types=i32, convergent=True
+            )
+            return llvm.bitcast(two, bits)
+
+        return _array(list(map(turned, first, second)), shape, of)
+
+    return turn(list(both))
+
+
+def first_of_quarter(num_keys: int, num_rows: int) -> jax.Array:
+    """First key of the quarter of a tile that the warp of a row has, for results of `num_rows` rows."""
+    row = plgpu.broadcasted_iota(jnp.int32, (num_rows,), 0, layout=results_layout(num_rows).reduce(1))
+    return lax.div(row, num_rows // WARPS) * (num_keys // WARPS)
 
 
 def _fragments(ref: ir.Value, rows: int, columns: int, layout: nvvm.MMALayout) -> list[list[ir.Value]]:
@@ -157,7 +265,8 @@ def _multiply(sums: Sequence[ir.Value], a: Sequence[ir.Value], b: Sequence[ir.Va
     """sums + a @ b of a warp: 16 rows, 8 columns, 8 or 16 numbers deep."""
     f32 = ir.F32Type.get()
     name, names = {jnp.bfloat16: "bf16", jnp.float16: "f16"}[jnp.dtype(dtype).type], itertools.count()
-    operands = ", ".join("{" + ", ".join(f"${next(names)}" for _ in range(n)) + "}" for n in (4, len(a), len(b), 4))
+    sizes = 4, len(a), len(b), 4
+    operands = ", ".join("{" + ", ".join(f"${next(names)}" for _ in range(n)) + "}" for n in sizes)
     out = llvm.inline_asm(
         llvm.StructType.get_literal([f32] * 4),
         [*a, *b, *sums],
@@ -168,92 +277,102 @@ def _multiply(sums: Sequence[ir.Value], a: Sequence[ir.Value], b: Sequence[ir.Va
     return [llvm.extractvalue(f32, out, [i]) for i in range(4)]
 
 
-def _rows_of_a(halves: Sequence[mgpu.FragmentedArray]) -> list[list[ir.Value]]:
-    """Registers of the left side of a product: [8 columns][half]; without a second half there are zeros."""
-    i32 = ir.IntegerType.get_signless(32)
-    bits = [[mgpu.utils.bitcast(x, i32) for x in half.registers.flat] for half in halves]
-    return list(zip(*bits, *[[_i32(0)] * len(bits[0])] * (2 - len(bits)), strict=True))
+def _bits(operand: mgpu.FragmentedArray, blocks: int) -> list[list[ir.Value]]:
+    """Registers of the right side of a product: [block of rows][8 columns]."""
+    bits = [mgpu.utils.bitcast(x, ir.IntegerType.get_signless(32)) for x in operand.registers.flat]
+    return [bits[i::blocks] for i in range(blocks)]
 
 
 def _pair(x: ir.Value, y: ir.Value) -> ir.Value:
     return vector.from_elements(ir.VectorType.get((2,), x.type), [x, y])
 
 
-def scores(rows: Sequence[jax.Array], keys, interpret: bool) -> list[jax.Array]:
+def scores(rows: jax.Array, keys, num_scores: int, interpret: bool) -> list[jax.Array]:
     """Products of rows with a tile of keys, in float32: of each warp's rows with its quarter of the keys.
 
     Args:
-      rows: (32, H) queries, and probes where there are some.
+      rows: (4 * 2 * held, H) queries and probes as from `gather`.
       keys: reference (keys, H) to shared memory, in lines of 64 columns.
+      num_scores: 2, or 1 for the queries' alone.
       interpret: whether Pallas' interpreter runs.
 
     Returns:
-      (32, keys / 4) for each of the rows.
+      (4 * held, keys / 4) of the queries and of the probes.
     """
     num_keys, width = keys.shape
+    num_rows, columns = rows.shape[0] // 2, num_keys // WARPS
     if interpret:
-        quarters = keys[...].reshape(WARPS, num_keys // WARPS, width)
-        product = functools.partial(jnp.einsum, "wrh,wkh->wrk", preferred_element_type=jnp.float32)
-        return [product(x.reshape(WARPS, ROWS, width), quarters).reshape(WARPS * ROWS, -1) for x in rows]
-    dtype, columns = keys.dtype, num_keys // WARPS
+        quarters = keys[...].reshape(WARPS, columns, width)
+        rows = rows.reshape(WARPS, -1, width)
+        product = jnp.einsum("wrh,wkh->wrk", rows, quarters, preferred_element_type=jnp.float32)
+        return [product.reshape(num_rows, 2, columns)[:, i] for i in range(num_scores)]
+    dtype, blocks = keys.dtype, num_rows // WARPS // 4
 
     @plgpu.inline_mgpu(
-        arg_types=([HALF] * len(rows), plgpu.RefType(common.SWIZZLE)),
-        return_type=[_half(columns, jnp.float32)] * len(rows),
+        arg_types=(_operand(rows.shape[0]), plgpu.RefType(common.SWIZZLE)),
+        return_type=[_results(num_rows, columns)] * num_scores,
     )
     def product(_, rows, keys):
-        a, zero = _rows_of_a(rows), mgpu.c(0.0, ir.F32Type.get())
+        zero, nothing = mgpu.c(0.0, ir.F32Type.get()), [_i32(0)] * (width // 8)
         tile = _fragments(keys, num_keys, width, nvvm.MMALayout.row)
-        chains = max(1, 4 // len(tile))  # products that do not wait for one another
-        halves = [[], []]
-        for b in tile:
-            sums = [[zero] * 4 for _ in range(chains)]
-            for i in range(0, width // 8, 2):
-                chain = i // 2 % chains
-                sums[chain] = _multiply(sums[chain], [*a[i], *a[i + 1]], b[i : i + 2], dtype)
-            total = functools.reduce(lambda x, y: list(map(arith.addf, x, y)), sums)
-            for half, x in zip(halves, (total[:2], total[2:]), strict=True):
-                half.append(_pair(*x))
-        return [_array(half, columns) for half, _ in zip(halves, rows, strict=False)]
+        chains = max(1, 8 // (len(tile) * blocks))  # products that do not wait for one another
+        both = [[], []]
+        for i in range(0, len(tile), 2):
+            a = tile[i : i + 2] if i + 1 < len(tile) else (tile[i], nothing)
+            found = []
+            for b in _bits(rows, blocks):
+                sums = [[zero] * 4 for _ in range(chains)]
+                for j in range(0, width // 8, 2):
+                    at = j // 2 % chains
+                    sums[at] = _multiply(sums[at], [x[k] for k in (j, j + 1) for x in a], b[j : j + 2], dtype)
+                found.append(functools.reduce(lambda x, y: list(map(arith.addf, x, y)), sums))
+            for half in range(min(2, len(tile) - i)):
+                for to, n in zip(both, (2 * half, 2 * half + 1), strict=True):
+                    to += [x[n] for x in found]
+        return [_result(x, num_rows, columns) for x in both[:num_scores]]
 
-    return product(list(rows), keys)
+    return product(rows, keys)
 
 
-def add_values(sums: Sequence[jax.Array], weights: Sequence[jax.Array], values, interpret: bool) -> list[jax.Array]:
+def add_values(sums: Sequence[jax.Array], weights: jax.Array, values, interpret: bool) -> list[jax.Array]:
     """sums + weights @ values: of each warp's rows, the products with its quarter of the keys.
 
     Args:
-      sums: (32, H) float32, one or two.
-      weights: (32, keys / 4) of the values' dtype for each.
+      sums: (4 * held, H) float32, one or two.
+      weights: (4 * 2 * held, keys / 4) of the values' dtype, `interleaved`.
       values: reference (keys, H) to shared memory, in lines of 64 columns.
       interpret: whether Pallas' interpreter runs.
     """
     num_keys, width = values.shape
+    num_rows = sums[0].shape[0]
     if interpret:
         quarters = values[...].reshape(WARPS, num_keys // WARPS, width)
-        product = functools.partial(jnp.einsum, "wrk,wkh->wrh", preferred_element_type=jnp.float32)
-        weights = [x.reshape(WARPS, ROWS, num_keys // WARPS) for x in weights]
-        return [o + product(x, quarters).reshape(o.shape) for o, x in zip(sums, weights, strict=True)]
-    dtype = values.dtype
+        weights = weights.reshape(WARPS, -1, num_keys // WARPS)
+        product = jnp.einsum("wrk,wkh->wrh", weights, quarters, preferred_element_type=jnp.float32)
+        return [o + product.reshape(num_rows, 2, width)[:, i] for i, o in enumerate(sums)]
+    dtype, blocks = values.dtype, num_rows // WARPS // 4
 
     @plgpu.inline_mgpu(
-        arg_types=([HALF] * len(sums), [HALF] * len(sums), plgpu.RefType(common.SWIZZLE)),
-        return_type=[_half(width, jnp.float32)] * len(sums),
+        arg_types=([results_layout(num_rows)] * len(sums), _operand(weights.shape[0]), plgpu.RefType(common.SWIZZLE)),
+        return_type=[_results(num_rows, width)] * len(sums),
     )
     def product(_, sums, weights, values):
-        a, tile = _rows_of_a(weights), _fragments(values, num_keys, width, nvvm.MMALayout.col)
-        zeros = [mgpu.c(0.0, ir.F32Type.get())] * (4 - 2 * len(sums))
-        halves = [[], []]
-        for i in range(width // 8):
-            total = [x for o in sums for x in _elements(o.registers.flat[i])] + zeros
-            for j in range(0, len(tile), 2):
-                several = range(j, min(j + 2, len(tile)))
-                total = _multiply(total, [x for k in several for x in a[k]], [tile[k][i] for k in several], dtype)
-            for half, x in zip(halves, (total[:2], total[2:]), strict=True):
-                half.append(_pair(*x))
-        return [_array(half, width) for half, _ in zip(halves, sums, strict=False)]
+        tile = _fragments(values, num_keys, width, nvvm.MMALayout.col)
+        zeros = [mgpu.c(0.0, ir.F32Type.get())] * (width // 8 * blocks)
+        both = [*map(_numbers, sums), zeros][:2]
+        for i in range(0, width // 8, 2):
+            for block, b in enumerate(_bits(weights, blocks)):
+                places = [j * blocks + block for j in (i, i + 1)]
+                total = [x[place] for place in places for x in both]
+                for j in range(0, len(tile), 2):
+                    a = [x for line in tile[j : j + 2] for x in line[i : i + 2]]
+                    total = _multiply(total, a, b[j : j + 2], dtype)
+                for n, place in enumerate(places):
+                    for x, number in zip(both, total[2 * n : 2 * n + 2], strict=True):
+                        x[place] = number
+        return [_result(x, num_rows, width) for x in both[: len(sums)]]
 
-    return product(list(sums), list(weights), values)
+    return product(list(sums), weights, values)
 
 
 def hide(values, limit: jax.Array, interpret: bool) -> None:
@@ -290,90 +409,158 @@ def of_all_warps(stats: Sequence[jax.Array], ref, interpret: bool) -> list[list[
     """Statistics of rows by all warps' keys: for each warp, what its rows have, in all warps.
 
     Args:
-      stats: (32,) each, up to four.
-      ref: float32 in shared memory, `STATS_SCRATCH`, of which nobody reads what came before.
+      stats: (4 * held,) each, up to four.
+      ref: float32 in shared memory, of shape `stats_scratch`, of which nobody reads what came before.
       interpret: whether Pallas' interpreter runs.
     """
+    num_rows = stats[0].size
     if interpret:
-        return [[jnp.tile(x.reshape(WARPS, ROWS)[warp], WARPS) for x in stats] for warp in range(WARPS)]
-    row = plgpu.ShapeDtypeStruct((WARPS * ROWS,), jnp.float32, layout=HALF_ROWS)
+        return [[jnp.tile(x.reshape(WARPS, -1)[warp], WARPS) for x in stats] for warp in range(WARPS)]
 
-    @plgpu.inline_mgpu(arg_types=([HALF_ROWS] * len(stats), plgpu.RefType()), return_type=[row] * (len(stats) * WARPS))
+    @plgpu.inline_mgpu(
+        arg_types=([results_layout(num_rows).reduce(1)] * len(stats), plgpu.RefType()),
+        return_type=[_results(num_rows)] * (len(stats) * WARPS),
+    )
     def exchanged(_, stats, ref):
-        warp, row, pair = _thread()
+        warp, column, row = _thread()
         f32 = ir.F32Type.get()
         four = ir.VectorType.get((4,), f32)
-        at = lambda warp: mgpu.utils.getelementptr(
-            _pointer(ref), [arith.addi(arith.muli(warp, _i32(4 * ROWS)), arith.muli(row, _i32(4)))], f32
-        )
-        with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.eq, pair, _i32(0))):
-            llvm.store(vector.from_elements(four, _four(stats)), at(warp), alignment=16)
+        of_warp = mgpu.utils.getelementptr(_pointer(ref), [arith.muli(row, _i32(4))], f32)
+        held = num_rows // WARPS
+        blocks = range(held // 4)
+        own = mgpu.utils.getelementptr(of_warp, [arith.muli(warp, _i32(4 * held))], f32)
+        with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.eq, column, _i32(0))):
+            for block, numbers in zip(blocks, _four(stats), strict=True):
+                at = mgpu.utils.getelementptr(own, [16 * block], f32)
+                llvm.store(vector.from_elements(four, numbers), at, alignment=16)
         mgpu.utils.warpgroup_barrier()
-        array = lambda x: _array([vector.from_elements(ir.VectorType.get((1,), f32), [x])])
-        loaded = [_elements(llvm.load(four, at(_i32(warp)), alignment=16)) for warp in range(WARPS)]
-        return [array(x) for numbers in loaded for x in numbers[: len(stats)]]
+
+        def load(warp, block):
+            at = mgpu.utils.getelementptr(of_warp, [4 * (held * warp + 4 * block)], f32)
+            return _elements(llvm.load(four, at, alignment=16))[: len(stats)]
+
+        by_warp = [[load(warp, block) for block in blocks] for warp in range(WARPS)]
+        return [_result(x, num_rows) for found in by_warp for x in zip(*found, strict=True)]
 
     flat = exchanged(list(stats), ref)
     return [flat[i : i + len(stats)] for i in range(0, len(flat), len(stats))]
 
 
-def _four(stats: Sequence[mgpu.FragmentedArray]) -> list[ir.Value]:
-    """A row's statistics as four numbers."""
-    numbers = [_elements(x.registers.item())[0] for x in stats]
-    return numbers + numbers[:1] * (4 - len(numbers))
+def _four(stats: Sequence[mgpu.FragmentedArray]) -> list[list[ir.Value]]:
+    """Statistics of a thread's rows as four numbers each."""
+    return [[*x, *x[:1] * (4 - len(x))] for x in map(list, zip(*map(_numbers, stats), strict=True))]
 
 
-def sums_scratch(rows: int, num_sums: int, width: int, most: int = 17 << 10) -> tuple[int, int, int]:
-    """Shape of the shared memory, `most` bytes of it, through which a warpgroup's warps add up sums of rows.
-
-    (warps, rows at once, numbers), of float32.
-    """
-    numbers = num_sums * width + 8  # so that rows lie in different banks
-    return WARPS, max(1, min(rows, most // (4 * WARPS * numbers))), numbers
+def sums_scratch(rows: int, num_sums: int, width: int) -> tuple[int, int, int]:
+    """Shape of the shared memory through which a warpgroup's warps exchange sums of rows, of float32."""
+    return WARPS, min(rows, 4), num_sums * width
 
 
-def _store_rows(stats, sums, ref: ir.Value, rows: int, store_stats: Callable, store_sums: Callable) -> None:
-    """Stores the rows' statistics, and their sums over values, added up over a warpgroup's warps.
+def _shares(rows: int, width: int) -> tuple[int, int]:
+    """(number among copies of a row, columns of each) when columns are shared out among warps and copies of rows."""
+    copies = min(4 // _distinct(rows), width // (8 * WARPS))
+    return copies, width // (WARPS * copies)
+
+
+def share_out(sums: Sequence[jax.Array], ref, rows: int, interpret: bool) -> list[list[jax.Array]]:
+    """Sums of rows by all warps' keys: for each warp, some columns of what its rows have, other ones in each warp.
+
+    Where rows repeat each other, each has other columns, too.
 
     Args:
-      stats: (32,) each, the same in all warps.
-      sums: (32, columns) each, of which each warp has a share.
-      ref: in shared memory, of the shape that `sums_scratch` gives.
-      rows: that are there of 8.
-      store_stats: (row, number, values, exists) stores a row's four numbers, from number 0 on.
-      store_sums: likewise two of its sums, of which there are (len(sums), columns).
+      sums: (4 * held, columns), one or two.
+      ref: float32 in shared memory, of shape `sums_scratch`, of which nobody reads what came before.
+      rows: queries that there are.
+      interpret: whether Pallas' interpreter runs.
+
+    Returns:
+      For each warp, (4 * held, columns / 4 / copies) each.
     """
-    warp, row, pair = _thread()
-    is_first = arith.cmpi(arith.CmpIPredicate.eq, arith.addi(warp, pair), _i32(0))
-    exists = arith.andi(is_first, arith.cmpi(arith.CmpIPredicate.ult, row, _i32(rows)))
-    store_stats(row, _i32(0), _four(stats), exists)
-    thread = arith.remui(mgpu.utils.thread_idx(), _i32(128))
-    width = sums[0].shape[1]
-    _, at_once, numbers = ir.MemRefType(ref.type).shape
-    f32 = ir.F32Type.get()
-    two, base = ir.VectorType.get((2,), f32), _pointer(ref)
-    at = lambda warp, row, number: mgpu.utils.getelementptr(
-        base, [arith.addi(number, arith.muli(arith.addi(arith.muli(warp, _i32(at_once)), row), _i32(numbers)))], f32
+    num_rows, width = sums[0].shape
+    held, (copies, share) = num_rows // WARPS, _shares(rows, width)
+    if interpret:
+        warp, row = jnp.divmod(jnp.arange(num_rows), held)
+        first = (warp * copies + row // _distinct(rows) % copies) * share
+        columns = first[:, None] + jnp.arange(share)
+        return [[x.reshape(WARPS, held, width)[i, row[:, None], columns] for x in sums] for i in range(WARPS)]
+
+    @plgpu.inline_mgpu(
+        arg_types=([results_layout(num_rows)] * len(sums), plgpu.RefType()),
+        return_type=[_results(num_rows, share)] * (len(sums) * WARPS),
     )
-    for first in range(0, rows, at_once):
-        here = min(at_once, rows - first)
-        if first:
+    def exchanged(_, sums, ref):
+        warp, column, row = _thread()
+        i8, size = ir.IntegerType.get_signless(8), 4 * len(sums)
+        kind = ir.VectorType.get((len(sums),), ir.F32Type.get())
+        eight = 8 * size
+        of_row, of_warp = width * size, min(rows, 4) * width * size
+        numbers, blocks = list(map(_numbers, sums)), held // 4
+        first = _first_column(warp, row, rows, width)
+        at = lambda base, offset: mgpu.utils.getelementptr(base, [offset], i8)
+        found = [[[] for _ in sums] for _ in range(WARPS)]
+        for block in range(blocks):
+            rows_here = min(rows - 4 * block, 4)
+            own = arith.minui(arith.remui(row, _i32(_distinct(rows))), _i32(rows_here - 1))
+            swizzle = arith.muli(own, _i32(32))  # bytes: rows lie in different banks
+            base = at(_pointer(ref), arith.muli(own, _i32(of_row)))
+            if block:
+                mgpu.utils.warpgroup_barrier()
+            with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.ult, row, _i32(rows_here))):
+                to = at(base, arith.muli(warp, _i32(of_warp)))
+                in_eight = arith.muli(column, _i32(size))
+                low = {x: arith.xori(arith.addi(in_eight, _i32(x)), swizzle) for x in range(0, 128, eight)}
+                low = {x: at(to, offset) for x, offset in low.items()}
+                for i in range(width // 8):
+                    here = at(low[i * eight % 128], i * eight // 128 * 128)
+                    values = [x[i * blocks + block] for x in numbers]
+                    llvm.store(vector.from_elements(kind, values), here, alignment=size)
             mgpu.utils.warpgroup_barrier()
-        of_these = arith.subi(row, _i32(first))
-        with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.ult, of_these, _i32(here))):
-            to = at(warp, of_these, arith.muli(pair, _i32(2)))
-            for i, x in enumerate(sums):
-                for chunk, register in enumerate(x.registers.flat):
-                    llvm.store(register, mgpu.utils.getelementptr(to, [i * width + 8 * chunk], f32), alignment=8)
-        mgpu.utils.warpgroup_barrier()
-        of_row = len(sums) * width // 2  # pairs
-        for start in range(0, here * of_row, 128):
-            item = arith.addi(thread, _i32(start))
-            exists = arith.cmpi(arith.CmpIPredicate.ult, item, _i32(here * of_row))
-            item = arith.minui(item, _i32(here * of_row - 1))
-            own, number = arith.divui(item, _i32(of_row)), arith.muli(arith.remui(item, _i32(of_row)), _i32(2))
-            loaded = [llvm.load(two, at(_i32(i), own, number), alignment=8) for i in range(WARPS)]
-            store_sums(arith.addi(own, _i32(first)), number, _elements(functools.reduce(arith.addf, loaded)), exists)
+            for i in range(share // 8):
+                offset = arith.muli(arith.addi(arith.addi(first, column), _i32(8 * i)), _i32(size))
+                here = at(base, arith.xori(offset, swizzle))
+                for source, of_source in enumerate(found):
+                    loaded = _elements(llvm.load(kind, at(here, source * of_warp), alignment=size))
+                    for x, number in zip(of_source, loaded, strict=True):
+                        x.append(number)
+        order = [block * (share // 8) + i for i in range(share // 8) for block in range(blocks)]
+        return [_result([x[i] for i in order], num_rows, share) for of_source in found for x in of_source]
+
+    flat = exchanged(list(sums), ref)
+    return [flat[i : i + len(sums)] for i in range(0, len(flat), len(sums))]
+
+
+def _first_column(warp: ir.Value, row: ir.Value, rows: int, width: int) -> ir.Value:
+    """First of a row's columns as `share_out` shares them out."""
+    copies, share = _shares(rows, width)
+    copy = arith.remui(arith.divui(row, _i32(_distinct(rows))), _i32(copies))
+    return arith.muli(arith.addi(arith.muli(warp, _i32(copies)), copy), _i32(share))
+
+
+def _store_rows(stats, sums, rows: int, width: int, store_stats: Callable, store_sums: Callable) -> None:
+    """Stores the rows' statistics and sums over values.
+
+    Args:
+      stats: (4 * held,) each, the same in all warps.
+      sums: (4 * held, columns / 4 / copies) each, as `share_out` shares them out.
+      rows: queries that there are.
+      width: columns of all.
+      store_stats: (row, 0, values, exists) stores a row's four numbers.
+      store_sums: (row, column, values, exists) stores a column of a row's sums.
+    """
+    warp, column, row = _thread()
+    num_rows, distinct, (copies, share) = sums[0].shape[0], _distinct(rows), _shares(rows, width)
+    below = lambda x, limit: arith.cmpi(arith.CmpIPredicate.ult, x, limit)
+    is_first = below(arith.addi(warp, column), _i32(1))
+    first = arith.addi(_first_column(warp, row, rows, width), column)
+    numbers, blocks = list(map(_numbers, sums)), num_rows // WARPS // 4
+    for block, four in enumerate(_four(stats)):
+        own, rows_here = arith.remui(row, _i32(distinct)), _i32(rows - 4 * block)
+        query = arith.addi(own, _i32(4 * block))
+        store_stats(query, _i32(0), four, arith.andi(is_first, below(row, arith.minui(rows_here, _i32(distinct)))))
+        exists = arith.andi(below(own, rows_here), below(row, _i32(copies * distinct)))
+        for i in range(share // 8):
+            values = [x[i * blocks + block] for x in numbers]
+            store_sums(query, arith.addi(first, _i32(8 * i)), values, exists)
 
 
 def expect(inbox_ref, num_bytes: jax.Array) -> None:
@@ -399,15 +586,7 @@ def expect(inbox_ref, num_bytes: jax.Array) -> None:
 
 
 def exchange(
-    state: tiles.State,
-    part: jax.Array,
-    inbox_ref,
-    stats_ref,
-    sums_ref,
-    scratch_ref,
-    *,
-    rows: int,
-    num_splits: int,
+    state: tiles.State, part: jax.Array, inbox_ref, stats_ref, sums_ref, *, rows: int, num_splits: int
 ) -> None:
     """Sends every row's state to the program of the cluster that merges it, and waits for what comes from the others.
 
@@ -415,32 +594,22 @@ def exchange(
     barrier, so that no fence holds up the sender.
 
     Args:
-      state: of this warpgroup, (32,), the same in all warps, and (32, columns), of which each warp has a share.
+      state: of this warpgroup: (4 * held,), the same in all warps, and sums as `share_out` shares them out.
       part: number of this warpgroup among those that share the keys.
       inbox_ref: as in `expect`, which must have been called; None where a program is alone.
       stats_ref: (slots, parts, 4) float32 in shared memory: m, d1 and t_mean.
-      sums_ref: (slots, parts, 1 or 2, columns) float32: o1 and o2.
-      scratch_ref: shared memory of this warpgroup, of the shape that `sums_scratch` gives.
-      rows: rows that there are.
+      sums_ref: (slots, parts, columns, 1 or 2) float32: o1 and o2.
+      rows: queries that there are.
       num_splits: programs of the cluster.
     """
-    stats = [x for x in (state.m, state.d1, state.t_mean) if x is not None]
-    sums = [x for x in (state.o1, state.o2) if x is not None]
-    _, num_parts, _, width = sums_ref.shape
+    stats, sums = _present(state)
+    _, num_parts, width, _ = sums_ref.shape
     inboxes = [] if inbox_ref is None else [inbox_ref]
+    part_layout, refs = plgpu.Layout.WG_SPLAT(()), [plgpu.RefType()] * (2 + len(inboxes))
 
-    @plgpu.inline_mgpu(
-        arg_types=(
-            [HALF_ROWS] * len(stats),
-            [HALF] * len(sums),
-            plgpu.Layout.WG_SPLAT(()),
-            [plgpu.RefType()] * len(inboxes),
-            plgpu.RefType(),
-            plgpu.RefType(),
-            plgpu.RefType(),
-        )
-    )
-    def send(_, stats, sums, part, inboxes, stats_ref, sums_ref, scratch_ref):
+    @plgpu.inline_mgpu(arg_types=(*_types(stats, sums), part_layout, refs))
+    def send(_, stats, sums, part, refs):
+        stats_ref, sums_ref, *inboxes = refs
         ptx = functools.partial(mgpu.utils.inline_ptx, has_side_effects=True)
         if inboxes:  # all are ready
             ptx("barrier.cluster.wait.acquire.aligned;", convergent=True)
@@ -452,18 +621,18 @@ def exchange(
             """Stores numbers of the state of a row where it is merged."""
             target, slot = arith.remui(row, _i32(num_splits)), arith.divui(row, _i32(num_splits))
             place = arith.addi(arith.muli(slot, _i32(num_parts)), _scalar(part))
+            number = arith.muli(number, _i32(len(values)))
             offset = arith.muli(arith.addi(arith.muli(place, _i32(of_part)), number), _i32(4))
             addresses = [arith.addi(_shared_address(ref), offset), *map(_shared_address, inboxes)]
             if inboxes:
                 there = "mapa.shared::cluster.u32 $0, $1, $2;"
                 addresses = [mgpu.utils.inline_ptx(there, x, target, result_types=x.type) for x in addresses]
-            size = len(values)
-            names, inbox = ", ".join(f"${i + 1}" for i in range(size)), last.replace("@", str(size + 1))
+            inbox = last.replace("@", str(len(values) + 1))
             to, *told = addresses
-            ptx(f"st.{kind}.v{size}.f32 [$0], {{{names}}}{inbox};", to, *values, *told, predicate=exists)
+            ptx(f"st.{kind}{_several('f32', len(values))}{inbox};", to, *values, *told, predicate=exists)
 
         stores = (functools.partial(store, *x) for x in ((stats_ref, 4), (sums_ref, len(sums) * width)))
-        _store_rows(stats, sums, scratch_ref, rows, *stores)
+        _store_rows(stats, sums, rows, width, *stores)
         wait = "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [$0], 0;"
         if inboxes:
             ptx(f"{{ .reg .pred done; again: {wait} @!done bra again; }}", _shared_address(inboxes[0]))
@@ -471,52 +640,109 @@ def exchange(
             ptx("bar.sync 0;", convergent=True)
         return ()
 
-    send(stats, sums, part, inboxes, stats_ref, sums_ref, scratch_ref)
+    send(stats, sums, part, [stats_ref, sums_ref, *inboxes])
 
 
-def store_state(state: tiles.State, stats_ref, sums_ref, scratch_ref, rows: int, interpret: bool) -> None:
+def _present(state: tiles.State) -> tuple[list[jax.Array], list[jax.Array]]:
+    """(statistics, sums over values) that a state has."""
+    stats, sums = (state.m, state.d1, state.t_mean), (state.o1, state.o2)
+    return [x for x in stats if x is not None], [x for x in sums if x is not None]
+
+
+def _types(stats: Sequence[jax.Array], sums: Sequence[jax.Array]) -> tuple[list[plgpu.Layout], list[plgpu.Layout]]:
+    of = results_layout(stats[0].size)
+    return [of.reduce(1)] * len(stats), [of] * len(sums)
+
+
+def _several(kind: str, size: int) -> str:
+    """The end of a store of several numbers, $1 and those after it, to $0."""
+    names = ", ".join(f"${i + 1}" for i in range(size))
+    return f".{kind} [$0], {names}" if size == 1 else f".v{size}.{kind} [$0], {{{names}}}"
+
+
+def received(stats_ref, sums_ref) -> tiles.State:
+    """The state that one of `exchange`'s parts has sent for a row: numbers, and sums laid out as `in_columns` has rows.
+
+    Args:
+      stats_ref: (4,) float32 in shared memory.
+      sums_ref: (columns, 1 or 2) float32.
+    """
+    width, num_sums = sums_ref.shape
+    of = in_columns(width).reduce(0)
+    number = plgpu.ShapeDtypeStruct((), jnp.float32, layout=plgpu.Layout.WG_SPLAT(()))
+    row = plgpu.ShapeDtypeStruct((width,), jnp.float32, layout=of)
+
+    @plgpu.inline_mgpu(arg_types=[plgpu.RefType()] * 2, return_type=[number] * (1 + num_sums) + [row] * num_sums)
+    def load(_, stats_ref, sums_ref):
+        f32 = ir.F32Type.get()
+        kind = lambda size: ir.VectorType.get((size,), f32)
+        stats = _elements(llvm.load(kind(4), _pointer(stats_ref), alignment=16))[: 1 + num_sums]
+        ((column,),) = of.to_mgpu().thread_idxs((width,))
+        column = arith.muli(arith.index_cast(ir.IntegerType.get_signless(32), column), _i32(num_sums))
+        at = mgpu.utils.getelementptr(_pointer(sums_ref), [column], f32)
+        sums = _elements(llvm.load(kind(num_sums), at, alignment=4 * num_sums))
+        numbers = [mgpu.FragmentedArray.splat(x, ()) for x in stats]
+        return [*numbers, *(_array([vector.from_elements(kind(1), [x])], (width,), of) for x in sums)]
+
+    found = load(stats_ref, sums_ref)
+    return tiles.State(*found) if num_sums == 2 else tiles.State(*found[:2], None, found[2], None)
+
+
+def in_columns(size: int) -> plgpu.Layout:
+    """Layout of rows of 64 or 128 columns, one a thread; of 64 columns two threads have the same."""
+    tiling = fragmented_array.Tiling(((1, size), (size // 4,), (1,)))
+    copies = fragmented_array.Replicated(128 // size)
+    return plgpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=(copies, -2), vector_dim=-1)
+
+
+def store_state(state: tiles.State, stats_ref, sums_ref, rows: int, interpret: bool) -> None:
     """Writes every row's state to global memory.
 
     Args:
-      state: (32,), the same in all warps, and (32, columns), of which each warp has a share.
+      state: as in `exchange`.
       stats_ref: (rows, 4) float32: m, d1 and t_mean.
       sums_ref: (rows, 1 or 2, columns) float32: o1 and o2.
-      scratch_ref: in shared memory, of the shape that `sums_scratch` gives.
-      rows: rows that there are.
+      rows: queries that there are.
       interpret: whether Pallas' interpreter runs.
     """
-    stats = [x for x in (state.m, state.d1, state.t_mean) if x is not None]
-    sums = [x for x in (state.o1, state.o2) if x is not None]
+    stats, sums = _present(state)
+    width = sums_ref.shape[2]
     if interpret:
         for i, x in enumerate(stats):
-            stats_ref[:, i] = x[:rows]
+            stats_ref[:, i] = whole_rows(x, rows, width)
         for i, x in enumerate(sums):
-            sums_ref[:, i] = added_up(x)[:rows]
+            sums_ref[:, i] = whole_rows(x, rows, width)
         return
-    layouts = [HALF_ROWS] * len(stats), [HALF] * len(sums)
 
-    @plgpu.inline_mgpu(arg_types=(*layouts, *[plgpu.RefType()] * 3))
-    def write(_, stats, sums, stats_ref, sums_ref, scratch_ref):
+    @plgpu.inline_mgpu(arg_types=(*_types(stats, sums), *[plgpu.RefType()] * 2))
+    def write(_, stats, sums, stats_ref, sums_ref):
         i64 = ir.IntegerType.get_signless(64)
 
         def store(ref, of_row: int, row, number, values, exists):
-            names = ", ".join(f"${i + 1}" for i in range(len(values)))
             offset = arith.addi(arith.muli(row, _i32(of_row)), number)
             at = arith.addi(_global_address(ref), arith.extui(i64, arith.muli(offset, _i32(4))))
-            ptx = f"st.global.v{len(values)}.f32 [$0], {{{names}}};"
+            ptx = f"st.global{_several('f32', len(values))};"
             mgpu.utils.inline_ptx(ptx, at, *values, predicate=exists, has_side_effects=True)
 
-        of_row = len(sums) * sums[0].shape[1]
-        stores = (functools.partial(store, *x) for x in ((stats_ref, 4), (sums_ref, of_row)))
-        _store_rows(stats, sums, scratch_ref, rows, *stores)
+        def store_sums(row, column, values, exists):
+            for i, x in enumerate(values):
+                store(sums_ref, len(sums) * width, row, arith.addi(column, _i32(i * width)), [x], exists)
+
+        _store_rows(stats, sums, rows, width, functools.partial(store, stats_ref, 4), store_sums)
         return ()
 
-    write(stats, sums, stats_ref, sums_ref, scratch_ref)
+    write(stats, sums, stats_ref, sums_ref)
 
 
-def added_up(x: jax.Array) -> jax.Array:
-    """The sum of all warps' rows, (8, columns), for Pallas' interpreter."""
-    return jnp.sum(x.reshape(WARPS, ROWS, -1), axis=0)
+def whole_rows(x: jax.Array, rows: int, width: int) -> jax.Array:
+    """Numbers or sums of `rows` rows from those of a state's, for Pallas' interpreter."""
+    held, row = rows_held(rows), jnp.arange(rows)
+    if x.ndim == 1:
+        return x[:rows]
+    copies, share = _shares(rows, width)
+    part, column = jnp.divmod(jnp.arange(width), share)
+    warp, copy = jnp.divmod(part, copies)
+    return x[warp * held + copy * _distinct(rows) + row[:, None], column]
 
 
 def write_row(ref, x: jax.Array, layout, interpret: bool, *, row=0, first=0) -> None:
@@ -570,18 +796,18 @@ def write_row(ref, x: jax.Array, layout, interpret: bool, *, row=0, first=0) -> 
 
 
 def put(ref, x: jax.Array, layout, interpret: bool) -> None:
-    """Stores x, (n,), to a row in shared or global memory, without a barrier.
+    """Stores x, (n,) or (1, n), to a row in shared or global memory, without a barrier.
 
     One has to come before anything loads it, even where the same thread does: else the compiler keeps an older value.
     """
     if interpret:
-        ref[...] = x
+        ref[...] = x.reshape(ref.shape)
         return
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout))
     def store(_, ref, x):
         base = _pointer(ref)
-        for (index,), register in zip(x.layout.thread_idxs(x.shape), x.registers.flat, strict=True):
+        for (*_, index), register in zip(x.layout.thread_idxs(x.shape), x.registers.flat, strict=True):
             index = arith.index_cast(ir.IntegerType.get_signless(32), index)
             at = mgpu.utils.getelementptr(base, [index], ir.MemRefType(ref.type).element_type)
             llvm.store(register, at)
