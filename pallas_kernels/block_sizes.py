@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import importlib.resources
 import json
-import math
 
 from pallas_kernels.device import HOPPER_CORES
 
@@ -315,28 +314,15 @@ class MosaicGpuDecodeBlockSizes:
         """The launch where there are more heads x sequences than cores.
 
         Several programs run on a core, each with a single tile of keys and one of values on its way: with more, memory
-        is slower. Of 64 keys where that leaves fewer places empty in the last wave of programs, else of 128; long heads
-        of 128 are shared by two or four programs for the same end.
+        is slower. Heads of 128 that do not all find a place at once are shared by two programs.
         """
-
-        def waste(on_a_core: int, splits: int = 1) -> float:
-            """Waves of programs over what they would be if the last was full."""
-            waves = programs * splits / (on_a_core * HOPPER_CORES)
-            return math.ceil(waves) / waves
-
         if width == 64:
-            if num_keys <= 128 or programs <= 3 * HOPPER_CORES:
-                return cls(block_k, 1, 1, 1)
-            if num_keys <= 512 and programs > 4 * HOPPER_CORES:
-                return cls(block_k, 1, 1, 2)
-            if waste(3) <= 1.05 * waste(4):
-                return cls(block_k, 1, 1, 1)
-            return cls(64, 2 if num_keys >= 4096 and programs <= 4 * HOPPER_CORES else 1, 1, 1)
-        if num_keys < 2048:
+            return cls(64 if num_keys >= 4096 and programs > 3 * HOPPER_CORES else block_k, 1, 1, 1)
+        if num_keys < 512:
             return cls(block_k, 1, 1, 1)
-        if num_keys < 4096 and waste(2) > 1.1:
+        if programs > 3 * HOPPER_CORES:
             return cls(block_k, 2, 1, 1)
-        return cls(64, min((1, 2, 4), key=lambda splits: waste(2, splits) + 0.02 * splits), 1, 1)
+        return cls(64 if num_keys >= 2048 else block_k, 1, 1, 1)
 
     @classmethod
     def outrun(cls, query, key, value, mask, page_table) -> str | None:
