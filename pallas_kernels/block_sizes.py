@@ -335,7 +335,8 @@ class MosaicGpuDecodeBlockSizes:
         is_slow |= has_clusters and programs * num_keys * width >= 6 * MEMORY_BOUND
         if page_table is not None:
             # A tile in several pages starts late, and the few tiles of few programs do not hide it.
-            is_slow |= key.shape[1] < 128 and programs <= 16 and keys >= 2048
+            hides_two = width == 128 and programs <= 8 and key.shape[1] >= 64
+            is_slow |= key.shape[1] < 128 and programs <= 16 and keys >= 2048 and not hides_two
             is_slow |= key.shape[1] < 16  # which nobody timed
         return f"slower with {programs} heads x sequences of {num_keys} keys" if is_slow else None
 

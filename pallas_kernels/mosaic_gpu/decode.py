@@ -204,6 +204,8 @@ def decode(query, probe, key, value, mask: blocks.Mask, page_table, *, scale, bl
         is_early = mask.window is None
         if is_early:
             copy(0, part * block)
+        if page_table is not None and not interpret:
+            registers.prefetch(given["pages"], b)
         if num_splits > 1 and not interpret:
             rows_here = lax.div(rows - 1 - own + num_splits, num_splits)
             registers.expect(s.inbox, rows_here * num_parts * 4 * (4 + num_sums * width))

@@ -405,6 +405,29 @@ def hide(values, limit: jax.Array, interpret: bool) -> None:
     plgpu.commit_smem()
 
 
+def prefetch(ref, row: jax.Array) -> None:
+    """Begins to read a row of `ref`, (rows, n) int32 in global memory, into the first-level cache: up to 4096 numbers.
+
+    Args:
+      ref: numbers, such as pages.
+      row: which.
+    """
+    _, size = ref.shape
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT(())))
+    def begin(_, ref, row):
+        thread = arith.remui(mgpu.utils.thread_idx(), _i32(128))
+        first = arith.muli(thread, _i32(32))  # a line of the cache each
+        i32 = ir.IntegerType.get_signless(32)
+        number = arith.addi(arith.muli(_scalar(row), _i32(size)), arith.minui(first, _i32(size - 1)))
+        address = llvm.ptrtoint(ir.IntegerType.get_signless(64), mgpu.utils.getelementptr(_pointer(ref), [number], i32))
+        exists = arith.cmpi(arith.CmpIPredicate.ult, first, _i32(size + 31))
+        mgpu.utils.inline_ptx("prefetch.global.L1 [$0];", address, predicate=exists, has_side_effects=True)
+        return ()
+
+    begin(ref, row)
+
+
 def of_all_warps(stats: Sequence[jax.Array], ref, interpret: bool) -> list[list[jax.Array]]:
     """Statistics of rows by all warps' keys: for each warp, what its rows have, in all warps.
 
