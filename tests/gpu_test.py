@@ -107,11 +107,29 @@ def test_mosaic_gpu_decode_at_its_own_launch(num_keys, programs, width, kv_heads
 
 @pytest.mark.parametrize(
     ("num_keys", "batch", "width"),
-    [(264, 60, 128), (520, 40, 64), (136, 120, 128), (248, 260, 64), (4104, 30, 128), (8200, 70, 64), (4096, 32, 64)],
+    [
+        (264, 60, 128),
+        (520, 40, 64),
+        (136, 120, 128),
+        (248, 260, 64),
+        (4104, 30, 128),
+        (520, 50, 128),
+        (8200, 70, 64),
+        (4096, 32, 64),
+    ],
 )
 def test_mosaic_gpu_decode_of_more_heads_than_cores(num_keys, batch, width):
-    """Programs of two and of four heads, heads of two and of four programs, three programs on a core."""
+    """Several programs on a core, heads of one program and of two."""
     test_mosaic_gpu_decode_at_its_own_launch(num_keys, batch, width, kv_heads=8)
+
+
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("rows", range(1, 9))
+def test_mosaic_gpu_decode_of_several_rows(rows, width):
+    """Every number of queries for a kv head: fewer than four repeat each other, more take two products."""
+    operands = [bfloat16(i, 3, n, heads, width) for i, (n, heads) in enumerate(((1, 2 * rows),) * 2 + ((640, 2),) * 2)]
+    decode = lambda implementation: parallax_decode(*operands, jnp.asarray([640, 1, 77]), implementation=implementation)
+    assert compare.relative_error(decode("mosaic_gpu"), decode("xla")) <= 7e-3
 
 
 @pytest.mark.parametrize("num_keys", [512, 2048])

@@ -37,6 +37,19 @@ def test_interpreted(case, sizes):
     assert error(out, expected(case, operands, table)) <= TOLERANCE[case.dtype]
 
 
+@pytest.mark.parametrize(("rows", "width"), [(1, 64), (2, 64), (3, 128), (4, 64), (5, 64), (6, 128), (7, 64), (8, 64)])
+def test_rows_of_a_head(rows, width):
+    """Up to four fill a column of instructions or repeat each other in it, up to eight take two."""
+    operands = [
+        jax.random.normal(jax.random.key(i), (2, t, n, width), jnp.bfloat16)
+        for i, (t, n) in enumerate(((1, 2 * rows), (1, 2 * rows), (40, 2), (40, 2)))
+    ]
+    decode = functools.partial(parallax_decode, *operands, jnp.asarray([40, 17]))
+    out = decode(implementation="mosaic_gpu", block_sizes=Sizes(32, 2, 1, 1))
+    exact = parallax_decode(*(x.astype(jnp.float32) for x in operands), jnp.asarray([40, 17]), implementation="xla")
+    assert error(out, exact) <= TOLERANCE["bfloat16"]
+
+
 def test_a_late_key_that_dominates():
     """A centre fixed in the first tile would make an error of 0.3."""
     operands, lengths, table = draw_needle(NEEDLE)

@@ -81,19 +81,19 @@ class Walk(NamedTuple):
     num_keys: Callable
 
 
-def attend(rows, num_rows: int, num_sums: int, walk: Walk, stats_ref, sums_ref, *, c, block, interpret) -> tiles.State:
+def attend(queries, rows: int, num_sums: int, walk: Walk, stats_ref, sums_ref, *, c, block, interpret) -> tiles.State:
     """The state of rows of queries over some tiles of keys, of each of which a warp takes a quarter.
 
     The loop is rotated as in the forward pass: the product with the values of tile i runs under the softmax of tile
     i + 1.
 
     Args:
-      rows: queries and probes, as `registers.gather` gives them; the values' width is theirs.
-      num_rows: queries that there are.
+      queries: queries and probes, as `registers.gather` gives them; the values' width is theirs.
+      rows: queries that there are.
       num_sums: 2, or 1 where there are no probes.
       walk: the tiles.
       stats_ref: for `registers.of_all_warps`.
-      sums_ref: for `registers.share_out`; it may be where the last tile's keys were.
+      sums_ref: for `registers.share_out`.
       c: factor on scores, in base 2.
       block: keys of a tile.
       interpret: whether Pallas' interpreter runs.
@@ -101,14 +101,14 @@ def attend(rows, num_rows: int, num_sums: int, walk: Walk, stats_ref, sums_ref, 
     Returns:
       A state of all keys, whose sums over values are shared out among warps.
     """
-    all_rows = rows.shape[0] // 2
-    of_results = registers.results_layout(all_rows)
+    num_rows = queries.shape[0] // 2
+    of_results = registers.results_layout(num_rows)
     zeros = lambda *shape: plgpu.layout_cast(
-        jnp.zeros((all_rows, *shape), jnp.float32), of_results if shape else of_results.reduce(1)
+        jnp.zeros((num_rows, *shape), jnp.float32), of_results if shape else of_results.reduce(1)
     )
 
     def scores(i):
-        products = registers.scores(rows, walk.wait_for("k", i), num_sums, interpret)
+        products = registers.scores(queries, walk.wait_for("k", i), num_sums, interpret)
         walk.done("k", i)
         return products
 
@@ -118,10 +118,10 @@ def attend(rows, num_rows: int, num_sums: int, walk: Walk, stats_ref, sums_ref, 
         m, d1, t_mean = stats
         if t is None:
             m, a, p = tiles.softmax_weights(m, s1, c, visible)
-            return (m, a * d1 + jnp.sum(p, axis=-1), None), a, registers.interleaved([p], rows.dtype, interpret)
+            return (m, a * d1 + jnp.sum(p, axis=-1), None), a, registers.interleaved([p], queries.dtype, interpret)
         t = jnp.where(visible, t, 0.0)  # whatever lies there
         stats, a, *both = tiles.weigh_rows(m, d1, t_mean, s1, t, c, visible)
-        return stats, a, registers.interleaved(both, rows.dtype, interpret)
+        return stats, a, registers.interleaved(both, queries.dtype, interpret)
 
     def add_values(i, sums, p):
         num_keys, values = walk.num_keys(i), walk.wait_for("v", i)
@@ -139,12 +139,12 @@ def attend(rows, num_rows: int, num_sums: int, walk: Walk, stats_ref, sums_ref, 
             return moved, p, [tiles.spread(a, sums[0]) * sums[0]]
         return moved, p, list(tiles.move_values(*sums, a, stats[2] - moved[2]))
 
-    sums = [zeros(rows.shape[1]) for _ in range(num_sums)]
+    sums = [zeros(queries.shape[1]) for _ in range(num_sums)]
     stats, _, p = weights(0, (zeros() - jnp.inf, zeros(), zeros() if num_sums == 2 else None), *scores(0))
     if not isinstance(walk.count, int) or walk.count > 1:
         stats, p, sums = lax.fori_loop(1, walk.count, body, (stats, p, sums))
     stats = registers.of_all_warps([x for x in stats if x is not None], stats_ref, interpret)
-    sums = registers.share_out(add_values(walk.count - 1, sums, p), sums_ref, num_rows, interpret)
+    sums = registers.share_out(add_values(walk.count - 1, sums, p), sums_ref, rows, interpret)
     absent = [None] * (2 - num_sums)
     return tiles.merge([tiles.State(*x, *absent, *y, *absent) for x, y in zip(stats, sums, strict=True)])
 

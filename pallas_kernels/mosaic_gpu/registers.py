@@ -421,7 +421,7 @@ def prefetch(ref, row: jax.Array) -> None:
         i32 = ir.IntegerType.get_signless(32)
         number = arith.addi(arith.muli(_scalar(row), _i32(size)), arith.minui(first, _i32(size - 1)))
         address = llvm.ptrtoint(ir.IntegerType.get_signless(64), mgpu.utils.getelementptr(_pointer(ref), [number], i32))
-        exists = arith.cmpi(arith.CmpIPredicate.ult, first, _i32(size + 31))
+        exists = arith.cmpi(arith.CmpIPredicate.ult, first, _i32(size + 31))  # a row may end within a line more
         mgpu.utils.inline_ptx("prefetch.global.L1 [$0];", address, predicate=exists, has_side_effects=True)
         return ()
 
