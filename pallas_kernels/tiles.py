@@ -224,6 +224,28 @@ def merged_output(states: State) -> jax.Array:
     return jnp.sum(own[..., None] * states.o1 - share[..., None] * states.o2, axis=0)
 
 
+def output(states: Sequence[State]) -> jax.Array:
+    """The output of rows from their states over disjoint keys: `finish(merge(states))` where nothing waits for t_mean.
+
+    With a as in `merge` and u the first state's t_mean, it is
+    (sum a_i (o1_i - o2_i - (t_mean_i - u) o1_i) + sum a_i o1_i sum a_i d1_i (t_mean_i - u) / d1) / d1. What cancels if
+    u is not near the mean is float32, like t. Rows that saw no key give 0.
+    """
+    m = functools.reduce(jnp.maximum, [x.m for x in states])
+    total = lambda terms: functools.reduce(jnp.add, terms)
+    factors = [factor(x.m, m) for x in states]
+    shares = [a * x.d1 for a, x in zip(factors, states, strict=True)]
+    inverse = 1.0 / _nonzero(total(shares))
+    o1 = [spread(a, x.o1) * x.o1 for a, x in zip(factors, states, strict=True)]
+    sum_o1 = total(o1)
+    if states[0].o2 is None:
+        return sum_o1 * spread(inverse, sum_o1)
+    apart = [x.t_mean - states[0].t_mean for x in states]
+    o2 = total(spread(a, x.o2) * x.o2 + spread(d, y) * y for a, d, x, y in zip(factors, apart, states, o1, strict=True))
+    mean = total(x * d for x, d in zip(shares, apart, strict=True)) * inverse
+    return (sum_o1 - o2 + spread(mean, sum_o1) * sum_o1) * spread(inverse, sum_o1)
+
+
 def finish(state: State) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """Returns (out, v_mean, lse, t_mean) of the rows; lse is in base 2.
 

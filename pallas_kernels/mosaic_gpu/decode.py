@@ -259,7 +259,7 @@ def decode(query, probe, key, value, mask: blocks.Mask, page_table, *, scale, bl
 
         def merge(slot, row):
             states = [registers.received(s.stats.at[slot, i], s.sums.at[slot, i]) for i in range(num_parts)]
-            out, *_ = tiles.finish(tiles.merge(states))
+            out = tiles.output(states)
             to = out_refs[0].at[b, lax.div(row, group_heads), kv * group_heads + lax.rem(row, group_heads)]
             registers.put(to, out.astype(dtype), registers.in_columns(width).reduce(0), interpret)
 

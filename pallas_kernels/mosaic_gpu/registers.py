@@ -232,33 +232,44 @@ def first_of_quarter(num_keys: int, num_rows: int) -> jax.Array:
     return lax.div(row, num_rows // WARPS) * (num_keys // WARPS)
 
 
-def _fragments(ref: ir.Value, rows: int, columns: int, layout: nvvm.MMALayout) -> list[list[ir.Value]]:
-    """A warp's quarter of a tile in shared memory as matrix instructions take it: [8 rows][8 columns].
+def _left(ref: ir.Value, rows: int, columns: int, *, transposed: bool) -> list[list[list[ir.Value]]]:
+    """A warp's quarter of a tile in shared memory as the left sides of products: [16 rows][16 columns][register].
+
+    A load brings the registers of one instruction in the instruction's order: they must lie side by side.
 
     Args:
       ref: the tile, in lines of 64 columns.
-      rows: of the tile.
+      rows: of the tile. A quarter of 8 rows gives these twice, or, transposed, two registers.
       columns: likewise.
-      layout: row, or col for 8 x 8 numbers transposed.
+      transposed: whether columns of the tile are the rows of products.
     """
     warp, _, _ = _thread()
     lane = arith.remui(mgpu.utils.thread_idx(), _i32(32))
     line, matrix = arith.remui(lane, _i32(8)), arith.divui(lane, _i32(8))  # of which this thread says where it lies
+    eights = rows // WARPS // 8
     of_eight = columns // 64 * 1024  # bytes
-    base = arith.addi(_shared_address(ref), arith.muli(warp, _i32(rows // WARPS // 8 * of_eight)))
+    down, across = arith.remui(matrix, _i32(2)), arith.divui(matrix, _i32(2))
+    if transposed:
+        down, across = across, down
+    base = arith.addi(_shared_address(ref), arith.muli(warp, _i32(eights * of_eight)))
     base = arith.addi(base, arith.muli(line, _i32(128)))
-    firsts = [arith.addi(base, arith.muli(arith.xori(arith.addi(matrix, _i32(i)), line), _i32(16))) for i in (0, 4)]
+    if eights > 1:
+        base = arith.addi(base, arith.muli(down, _i32(of_eight)))
+    across = arith.xori(across, line)
+    firsts = [arith.addi(base, arith.muli(arith.xori(across, _i32(i)), _i32(16))) for i in range(0, 8, 2)]
     shared, i8 = llvm.PointerType.get(address_space=3), ir.IntegerType.get_signless(8)
     firsts = [llvm.inttoptr(shared, x) for x in firsts]
+    num = 2 if transposed and eights == 1 else 4
 
-    def load(eight: int, four: int):
-        offset = eight * of_eight + four // 2 * 1024
-        at = llvm.getelementptr(shared, firsts[four % 2], [], [offset], i8, llvm.GEPNoWrapFlags.none)
+    def load(eight: int, pair: int):
+        offset = eight * of_eight + pair // 4 * 1024
+        at = llvm.getelementptr(shared, firsts[pair % 4], [], [offset], i8, llvm.GEPNoWrapFlags.none)
         shape, kind = ir.Attribute.parse("#nvvm.ld_st_matrix_shape<m=8, n=8>"), nvvm.LdStMatrixEltType.B16
-        loaded = nvvm.ldmatrix(at, layout=layout, num=4, shape=shape, elt_type=kind)
-        return [llvm.extractvalue(ir.IntegerType.get_signless(32), loaded, [i]) for i in range(4)]
+        layout = nvvm.MMALayout.col if transposed else nvvm.MMALayout.row
+        loaded = nvvm.ldmatrix(at, layout=layout, num=num, shape=shape, elt_type=kind)
+        return [llvm.extractvalue(ir.IntegerType.get_signless(32), loaded, [i]) for i in range(num)]
 
-    return [[x for four in range(columns // 32) for x in load(eight, four)] for eight in range(rows // WARPS // 8)]
+    return [[load(eight, pair) for pair in range(columns // 16)] for eight in range(0, eights, 2)]
 
 
 def _multiply(sums: Sequence[ir.Value], a: Sequence[ir.Value], b: Sequence[ir.Value], dtype) -> list[ir.Value]:
@@ -313,20 +324,17 @@ def scores(rows: jax.Array, keys, num_scores: int, interpret: bool) -> list[jax.
         return_type=[_results(num_rows, columns)] * num_scores,
     )
     def product(_, rows, keys):
-        zero, nothing = mgpu.c(0.0, ir.F32Type.get()), [_i32(0)] * (width // 8)
-        tile = _fragments(keys, num_keys, width, nvvm.MMALayout.row)
-        chains = max(1, 8 // (len(tile) * blocks))  # products that do not wait for one another
+        zero = mgpu.c(0.0, ir.F32Type.get())
+        chains = max(1, 64 // (columns * blocks))  # products that do not wait for one another
         both = [[], []]
-        for i in range(0, len(tile), 2):
-            a = tile[i : i + 2] if i + 1 < len(tile) else (tile[i], nothing)
+        for line in _left(keys, num_keys, width, transposed=False):
             found = []
             for b in _bits(rows, blocks):
                 sums = [[zero] * 4 for _ in range(chains)]
-                for j in range(0, width // 8, 2):
-                    at = j // 2 % chains
-                    sums[at] = _multiply(sums[at], [x[k] for k in (j, j + 1) for x in a], b[j : j + 2], dtype)
+                for j, a in enumerate(line):
+                    sums[j % chains] = _multiply(sums[j % chains], a, b[2 * j : 2 * j + 2], dtype)
                 found.append(functools.reduce(lambda x, y: list(map(arith.addf, x, y)), sums))
-            for half in range(min(2, len(tile) - i)):
+            for half in range(min(2, columns // 8)):
                 for to, n in zip(both, (2 * half, 2 * half + 1), strict=True):
                     to += [x[n] for x in found]
         return [_result(x, num_rows, columns) for x in both[:num_scores]]
@@ -357,16 +365,15 @@ def add_values(sums: Sequence[jax.Array], weights: jax.Array, values, interpret:
         return_type=[_results(num_rows, width)] * len(sums),
     )
     def product(_, sums, weights, values):
-        tile = _fragments(values, num_keys, width, nvvm.MMALayout.col)
+        tile = _left(values, num_keys, width, transposed=True)
         zeros = [mgpu.c(0.0, ir.F32Type.get())] * (width // 8 * blocks)
         both = [*map(_numbers, sums), zeros][:2]
         for i in range(0, width // 8, 2):
             for block, b in enumerate(_bits(weights, blocks)):
                 places = [j * blocks + block for j in (i, i + 1)]
                 total = [x[place] for place in places for x in both]
-                for j in range(0, len(tile), 2):
-                    a = [x for line in tile[j : j + 2] for x in line[i : i + 2]]
-                    total = _multiply(total, a, b[j : j + 2], dtype)
+                for j, line in enumerate(tile):
+                    total = _multiply(total, line[i // 2], b[2 * j : 2 * j + 2], dtype)
                 for n, place in enumerate(places):
                     for x, number in zip(both, total[2 * n : 2 * n + 2], strict=True):
                         x[place] = number
@@ -518,7 +525,7 @@ def share_out(sums: Sequence[jax.Array], ref, rows: int, interpret: bool) -> lis
         eight = 8 * size
         of_row, of_warp = width * size, min(rows, 4) * width * size
         numbers, blocks = list(map(_numbers, sums)), held // 4
-        first = _first_column(warp, row, rows, width)
+        first, copy = _first_column(warp, row, rows, width), _copy(row, rows, width)
         at = lambda base, offset: mgpu.utils.getelementptr(base, [offset], i8)
         found = [[[] for _ in sums] for _ in range(WARPS)]
         for block in range(blocks):
@@ -528,14 +535,14 @@ def share_out(sums: Sequence[jax.Array], ref, rows: int, interpret: bool) -> lis
             base = at(_pointer(ref), arith.muli(own, _i32(of_row)))
             if block:
                 mgpu.utils.warpgroup_barrier()
-            with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.ult, row, _i32(rows_here))):
+            with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.ult, row, _i32(copies * rows_here))):
                 to = at(base, arith.muli(warp, _i32(of_warp)))
-                in_eight = arith.muli(column, _i32(size))
-                low = {x: arith.xori(arith.addi(in_eight, _i32(x)), swizzle) for x in range(0, 128, eight)}
-                low = {x: at(to, offset) for x, offset in low.items()}
-                for i in range(width // 8):
+                in_eights = arith.muli(arith.addi(arith.muli(copy, _i32(8)), column), _i32(size))
+                low = range(0, 128, copies * eight)
+                low = {x: at(to, arith.xori(arith.addi(in_eights, _i32(x)), swizzle)) for x in low}
+                for i in range(0, width // 8, copies):
                     here = at(low[i * eight % 128], i * eight // 128 * 128)
-                    values = [x[i * blocks + block] for x in numbers]
+                    values = [_chosen([x[(i + j) * blocks + block] for j in range(copies)], copy) for x in numbers]
                     llvm.store(vector.from_elements(kind, values), here, alignment=size)
             mgpu.utils.warpgroup_barrier()
             for i in range(share // 8):
@@ -552,11 +559,24 @@ def share_out(sums: Sequence[jax.Array], ref, rows: int, interpret: bool) -> lis
     return [flat[i : i + len(sums)] for i in range(0, len(flat), len(sums))]
 
 
+def _chosen(values: Sequence[ir.Value], number: ir.Value) -> ir.Value:
+    """One of 1, 2 or 4 values."""
+    while len(values) > 1:
+        is_odd = arith.trunci(ir.IntegerType.get_signless(1), number)
+        values = [arith.select(is_odd, y, x) for x, y in zip(values[::2], values[1::2], strict=True)]
+        number = arith.shrui(number, _i32(1))
+    return values[0]
+
+
+def _copy(row: ir.Value, rows: int, width: int) -> ir.Value:
+    """Number of a row among its copies."""
+    return arith.remui(arith.divui(row, _i32(_distinct(rows))), _i32(_shares(rows, width)[0]))
+
+
 def _first_column(warp: ir.Value, row: ir.Value, rows: int, width: int) -> ir.Value:
     """First of a row's columns as `share_out` shares them out."""
     copies, share = _shares(rows, width)
-    copy = arith.remui(arith.divui(row, _i32(_distinct(rows))), _i32(copies))
-    return arith.muli(arith.addi(arith.muli(warp, _i32(copies)), copy), _i32(share))
+    return arith.muli(arith.addi(arith.muli(warp, _i32(copies)), _copy(row, rows, width)), _i32(share))
 
 
 def _store_rows(stats, sums, rows: int, width: int, store_stats: Callable, store_sums: Callable) -> None:
