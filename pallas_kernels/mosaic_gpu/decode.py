@@ -201,9 +201,9 @@ def decode(query, probe, key, value, mask: blocks.Mask, page_table, *, scale, bl
                 page = jnp.clip(given["pages"][b, entry], 0, num_pages - 1)
                 piece(first, page, lax.rem(start + first, page_size))
 
-        is_early = mask.window is None
+        is_early, is_large = mask.window is None, 2 * block * width >= 32 << 10
         if is_early:
-            copy(0, part * block)
+            copy(0, part * block, "k" if is_large else "kv")
         if page_table is not None and not interpret:
             registers.prefetch(given["pages"], b)
         if num_splits > 1 and not interpret:
@@ -212,6 +212,8 @@ def decode(query, probe, key, value, mask: blocks.Mask, page_table, *, scale, bl
 
         of_head = b, pl.ds(0, num_queries), pl.ds(kv * group_heads, group_heads)
         queries = registers.gather([x.at[*of_head] for x in (q_ref, *r_ref)], rows, interpret)
+        if is_early and is_large:  # queries do not wait behind these values, which nobody needs yet
+            copy(0, part * block, "v")
         length = jnp.minimum(given["lengths"][b], num_keys)
         offset = given["offset"][b] if "offset" in given else length - num_queries
         end = blocks.visible_end(offset, num_queries, length, True)
