@@ -314,15 +314,14 @@ class MosaicGpuDecodeBlockSizes:
         """The launch where there are more heads x sequences than cores.
 
         Several programs run on a core, each with a single tile of keys and one of values on its way: with more, memory
-        is slower. Heads of 128 that do not all find a place at once are shared by two programs.
+        is slower. Long heads of 128 that do not all find a place at once are shared by two programs.
         """
+        is_crowded = programs > 3 * HOPPER_CORES
         if width == 64:
-            return cls(64 if num_keys >= 4096 and programs > 3 * HOPPER_CORES else block_k, 1, 1, 1)
-        if num_keys < 512:
+            return cls(64 if num_keys >= 4096 and is_crowded else block_k, 1, 1, 1)
+        if num_keys < 2048:
             return cls(block_k, 1, 1, 1)
-        if programs > 3 * HOPPER_CORES:
-            return cls(block_k, 2, 1, 1)
-        return cls(64 if num_keys >= 2048 else block_k, 1, 1, 1)
+        return cls(block_k, 2, 1, 1) if is_crowded else cls(64, 1, 1, 1)
 
     @classmethod
     def outrun(cls, query, key, value, mask, page_table) -> str | None:

@@ -195,7 +195,7 @@ def test_launches():
         (dict(batch=8, num_keys=4096), Sizes(128, 2, 1, 2)),
         (dict(batch=16, num_keys=256), Sizes(128, 1, 2, 1)),
         (dict(batch=16, num_keys=4096), Sizes(64, 1, 1, 2)),
-        (dict(batch=64, num_keys=512), Sizes(128, 2, 1, 1)),
+        (dict(batch=64, num_keys=2040), Sizes(128, 1, 1, 1)),
         (dict(batch=48, num_keys=2048), Sizes(64, 1, 1, 1)),  # all at once, three on a core
         (dict(batch=50, num_keys=2048), Sizes(128, 2, 1, 1)),
         (dict(batch=64, num_keys=256), Sizes(128, 1, 1, 1)),

@@ -49,7 +49,7 @@ def unsupported(query, probe, key, value, mask, page_table, *, scale, block_size
     if config.num_parts > tiles_there:
         return f"block_sizes: {config.num_parts} warpgroups share the cache's {tiles_there} tiles"
     width, num_sums = key.shape[3], 1 if probe is None else 2
-    states = pl.cdiv(rows, config.num_splits) * config.num_parts
+    states = pl.cdiv(rows, config.num_splits) * config.num_parts if config.num_parts > 1 else 0
     of_warps = math.prod(registers.sums_scratch(rows, num_sums, width)) + math.prod(registers.stats_scratch(rows))
     num_bytes = config.num_groups * (config.num_stages * 4 * config.block_k * width + 4 * of_warps)
     num_bytes += states * 4 * (num_sums * width + 4)
@@ -257,6 +257,9 @@ def decode(query, probe, key, value, mask: blocks.Mask, page_table, *, scale, bl
             for ref, x in zip(out_refs, jax.tree.leaves(state), strict=True):
                 ref[part, program] = registers.whole_rows(x, rows, width)
             return
+        if num_parts == 1:
+            out, *_ = tiles.finish(state)
+            return registers.store_rows(out, out_refs[0].at[*of_head], rows)
         registers.exchange(state, part, scratch.get("inbox"), s.stats, s.sums, rows=rows, num_splits=num_splits)
 
         def merge(slot, row):
@@ -283,8 +286,9 @@ def decode(query, probe, key, value, mask: blocks.Mask, page_table, *, scale, bl
         if num_splits > 1:
             launch |= dict(cluster=(num_splits,), cluster_names=("split",))
             scratch["inbox"] = plgpu.SMEM((2,), jnp.int32)
-        scratch["stats"] = plgpu.SMEM((slots, num_parts, 4), jnp.float32)
-        scratch["sums"] = plgpu.SMEM((slots, num_parts, width, num_sums), jnp.float32)
+        if num_parts > 1:
+            scratch["stats"] = plgpu.SMEM((slots, num_parts, 4), jnp.float32)
+            scratch["sums"] = plgpu.SMEM((slots, num_parts, width, num_sums), jnp.float32)
         of_warps = dict(
             warp_stats=registers.stats_scratch(rows), warp_sums=registers.sums_scratch(rows, num_sums, width)
         )

@@ -583,7 +583,7 @@ def _store_rows(stats, sums, rows: int, width: int, store_stats: Callable, store
     """Stores the rows' statistics and sums over values.
 
     Args:
-      stats: (4 * held,) each, the same in all warps.
+      stats: (4 * held,) each, the same in all warps, or none.
       sums: (4 * held, columns / 4 / copies) each, as `share_out` shares them out.
       rows: queries that there are.
       width: columns of all.
@@ -596,14 +596,44 @@ def _store_rows(stats, sums, rows: int, width: int, store_stats: Callable, store
     is_first = below(arith.addi(warp, column), _i32(1))
     first = arith.addi(_first_column(warp, row, rows, width), column)
     numbers, blocks = list(map(_numbers, sums)), num_rows // WARPS // 4
-    for block, four in enumerate(_four(stats)):
+    for block, four in itertools.zip_longest(range(blocks), _four(stats)):
         own, rows_here = arith.remui(row, _i32(distinct)), _i32(rows - 4 * block)
         query = arith.addi(own, _i32(4 * block))
-        store_stats(query, _i32(0), four, arith.andi(is_first, below(row, arith.minui(rows_here, _i32(distinct)))))
+        if stats:
+            store_stats(query, _i32(0), four, arith.andi(is_first, below(row, arith.minui(rows_here, _i32(distinct)))))
         exists = arith.andi(below(own, rows_here), below(row, _i32(copies * distinct)))
         for i in range(share // 8):
             values = [x[i * blocks + block] for x in numbers]
             store_sums(query, arith.addi(first, _i32(8 * i)), values, exists)
+
+
+def store_rows(x: jax.Array, ref, rows: int) -> None:
+    """Writes rows, as `share_out` shares them out, to those of the queries that there are.
+
+    Args:
+      x: (4 * held, columns / 4 / copies) float32.
+      ref: (T, heads, columns) in global memory, T times heads `rows`.
+      rows: queries that there are.
+    """
+    num_rows, _ = x.shape
+    _, heads, width = ref.shape
+
+    @plgpu.inline_mgpu(arg_types=(results_layout(num_rows), plgpu.RefType()))
+    def write(_, x, ref):
+        kind = ir.MemRefType(ref.type)
+        (of_token, of_head, _), _ = kind.get_strides_and_offset()
+
+        def store(row, column, values, exists):
+            offset = arith.muli(arith.divui(row, _i32(heads)), _i32(of_token))
+            offset = arith.addi(offset, arith.muli(arith.remui(row, _i32(heads)), _i32(of_head)))
+            at = mgpu.utils.getelementptr(_pointer(ref), [arith.addi(offset, column)], kind.element_type)
+            bits = llvm.bitcast(ir.IntegerType.get_signless(16), arith.truncf(kind.element_type, *values))
+            mgpu.utils.inline_ptx("st.global.b16 [$0], $1;", at, bits, predicate=exists, has_side_effects=True)
+
+        _store_rows([], [x], rows, width, None, store)
+        return ()
+
+    write(x, ref)
 
 
 def expect(inbox_ref, num_bytes: jax.Array) -> None:
