@@ -288,8 +288,12 @@ class MosaicGpuDecodeBlockSizes:
         from, or programs are small enough that several run on a core.
         """
         if HOPPER_CORES // 12 < programs <= HOPPER_CORES * 3 // 8 and (num_keys >= 4096 or programs > 32):
-            quarters = 9 if width == 64 and num_keys >= 4096 else 7 if programs <= 32 and num_keys < 8192 else 6
-            splits = min(8, HOPPER_CORES * quarters // 4 // programs, -(-num_keys // block_k))
+            if width == 128 and num_keys >= 8192:
+                splits = max(4, HOPPER_CORES * 9 // 8 // programs)
+            else:
+                quarters = (9 if num_keys >= 4096 else 6) if width == 64 else 7 if programs <= 32 else 6
+                splits = HOPPER_CORES * quarters // 4 // programs
+            splits = min(8, splits, -(-num_keys // block_k))
             is_alone = splits * programs <= HOPPER_CORES
             return cls(block_k, splits, 1, 2 if is_alone and width == 64 else 1)
         splits = max(min(8, HOPPER_CORES * 3 // 4 // programs), 2 if 2 * programs <= HOPPER_CORES else 1)

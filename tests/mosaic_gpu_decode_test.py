@@ -188,7 +188,8 @@ def test_launches():
         (dict(batch=2, num_keys=16384, width=64), Sizes(128, 8, 1, 2)),
         (dict(batch=4, num_keys=2048), Sizes(128, 3, 2, 1)),
         (dict(batch=4, num_keys=4096), Sizes(128, 7, 1, 1)),  # several programs a core
-        (dict(batch=4, num_keys=8192), Sizes(128, 6, 1, 1)),
+        (dict(batch=4, num_keys=8192), Sizes(128, 4, 1, 1)),
+        (dict(batch=3, num_keys=8192), Sizes(128, 6, 1, 1)),
         (dict(batch=5, num_keys=4096), Sizes(128, 4, 1, 1)),
         (dict(batch=4, num_keys=16384, width=64), Sizes(128, 8, 1, 1)),
         (dict(batch=8, num_keys=1024, width=64), Sizes(128, 2, 2, 1)),
