@@ -60,8 +60,9 @@ def test_merged_states_give_the_output_over_all_keys():
     expected = (p * (1 - s2 + (p * s2).sum(1, keepdims=True))) @ np.asarray(value, float)
     assert not expected[3].any()
     part = lambda states, i: jax.tree.map(lambda x: x[i], states)
-    one_by_one = lambda states: tiles.finish(tiles.merge([part(states, i) for i in range(len(parts))]))[0]
-    for merged in (tiles.merged_output, one_by_one):
+    apart = lambda states: [part(states, i) for i in range(len(parts))]
+    ways = tiles.merged_output, lambda x: tiles.output(apart(x)), lambda x: tiles.finish(tiles.merge(apart(x)))[0]
+    for merged in ways:
         np.testing.assert_allclose(merged(states), expected, atol=5e-4)
         softmax = merged(states._replace(t_mean=None, o2=None))
         np.testing.assert_allclose(softmax, p @ np.asarray(value, float), atol=1e-6)

@@ -306,6 +306,6 @@ def decode(query, probe, key, value, mask: blocks.Mask, page_table, *, scale, bl
     )(query, *probes, key, value, *integers.values())
     if not interpret:
         return results
-    states = jax.tree.unflatten(jax.tree.structure(states), results)
-    out = tiles.merged_output(states).reshape(batch, kv_heads, num_queries, group_heads, width)
+    states = [jax.tree.unflatten(jax.tree.structure(states), part) for part in zip(*results, strict=True)]
+    out = tiles.output(states).reshape(batch, kv_heads, num_queries, group_heads, width)
     return jnp.moveaxis(out, 1, 2).reshape(query.shape).astype(dtype)
