@@ -285,7 +285,7 @@ class MosaicGpuDecodeBlockSizes:
         """The launch where each head has a core or several.
 
         Clusters of more than two programs need their cores in one part of the chip: a quarter of all is left to choose
-        from, or programs are small enough that several run on a core.
+        from, or programs are small enough that several run on a core. Long heads of 128 are then shared by fewer.
         """
         if HOPPER_CORES // 12 < programs <= HOPPER_CORES * 3 // 8 and (num_keys >= 4096 or programs > 32):
             if width == 128 and num_keys >= 8192:
